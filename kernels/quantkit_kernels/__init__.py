@@ -1,0 +1,1 @@
+"""Kernels of quantkit, each beside its plain-torch reference. Imports torch (and triton) only, nothing of quantkit."""

@@ -1,0 +1,21 @@
+"""Algorithms: which code each weight gets. One file an algorithm; the file's name is `method:` in a recipe."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from types import ModuleType
+
+from quantkit.errors import InputError
+
+
+def names() -> list[str]:
+    """The algorithms there are, found by listing this folder."""
+    return sorted(info.name for info in pkgutil.iter_modules(__path__) if not info.name.startswith("_"))
+
+
+def get(name: str) -> ModuleType:
+    """The module of an algorithm: NEEDS, Options, quantize. Raises InputError with the known names."""
+    if name not in names():
+        raise InputError(f"unknown method {name!r}; known: {', '.join(names())}")
+    return importlib.import_module(f"{__name__}.{name}")

@@ -1,0 +1,251 @@
+"""What a user calls: quantize a model by a recipe, validate an output, load one. The command line calls the same.
+
+    result = quantkit.quantize("recipe.yaml", model="org/name", out="name-W4A16")
+    model = quantkit.load(result.out)
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from quantkit_eval import gate
+from quantkit_eval.compare import Comparison, compare
+from quantkit_eval.generate import continuation
+from quantkit_eval.windows import heldout_windows
+from transformers import AutoModelForCausalLM
+
+from quantkit import calibration, hub, output, pipeline
+from quantkit import plan as planning
+from quantkit.errors import InputError, MissingError
+from quantkit.progress import Progress, Silent
+from quantkit.recipe import Perplexity, Recipe
+from quantkit.recipe import Validation as Settings
+from quantkit.runtime import plugin
+
+VALIDATED, FAILED, UNVALIDATED = "validated", "failed", "unvalidated"
+SAMPLE_TOKENS = 48
+
+
+@dataclass(frozen=True)
+class Validation:
+    """An output measured against its original. `status`: "validated" when every gate passed, else "failed"."""
+
+    comparison: Comparison
+    gates: list[gate.GateResult]
+    samples: dict[str, str]
+    message: str
+
+    @property
+    def status(self) -> str:
+        return VALIDATED if all(g.passed for g in self.gates) else FAILED
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as quantkit.json has them."""
+        return {
+            "status": self.status,
+            "message": self.message,
+            "comparison": self.comparison.to_dict(),
+            "gates": [g.to_dict() for g in self.gates],
+            "samples": self.samples,
+        }
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished output: its folder, the content of its quantkit.json, and its validation if there was one."""
+
+    out: Path
+    summary: dict[str, Any]
+    validation: Validation | None
+
+
+def quantize(
+    recipe: str | Path | Mapping[str, Any] | Recipe,
+    *,
+    model: str | Path | None = None,
+    out: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    device: str = "auto",
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Result:
+    """Quantizes a model, writes it, reloads it from disk and checks its gates.
+
+    recipe     a recipe file, its content as a mapping, or a Recipe
+    model      instead of the recipe's model
+    out        folder to write; by default the model's name and the scheme, in the current folder
+    overrides  "path.to.key=value" each, as `--set`
+    device     "auto" (a GPU if there is one), "cpu" or "cuda"
+    overwrite  replace the output of another recipe
+
+    A gate that fails does not raise: the output is kept, marked as failed, and `result.validation.status` says so.
+    Raises InputError or MissingError when it cannot be done; then nothing is left behind.
+    """
+    progress = progress or Silent()
+    settled = Recipe.from_any(recipe, overrides, model=model)
+    where = pick_device(device)
+    plan = planning.make(settled)
+    folder = Path(out).expanduser() if out is not None else Path(default_name(plan))
+    text = settled.to_yaml()
+    output.check(folder, plan.source.folder, text, overwrite=overwrite)
+    progress.say(f"{plan.source.model}: {len(plan.quantized)} linear layers to quantize, {len(plan.dense)} left dense")
+    with output.staged(folder) as staging:
+        done = pipeline.quantize(plan, staging, device=where, progress=progress)
+        (staging / output.RECIPE).write_text(text, "utf-8")
+        summary = _summary(plan, done)
+        output.write_json(staging / output.SUMMARY, summary)
+        validation = None
+        if settled.validation is not None:
+            validation = _validate(staging, plan.source, settled.validation, where, progress, done["layers"], settled)
+            summary = {**summary, "status": validation.status, "validation": validation.to_dict()}
+            output.write_json(staging / output.SUMMARY, summary)
+    return Result(folder, summary, validation)
+
+
+def validate(
+    folder: str | Path,
+    *,
+    against: str | Path | None = None,
+    data: str | None = None,
+    windows: int | None = None,
+    length: int | None = None,
+    gates: Mapping[str, float] | None = None,
+    device: str = "auto",
+    progress: Progress | None = None,
+) -> Validation:
+    """Measures a quantized folder against its original, and marks the folder with the outcome when it is ours.
+
+    What is not given is what the recipe beside the weights says. `against` is needed for other tools' checkpoints.
+    Raises InputError when the folder or its original is missing or cannot be loaded.
+    """
+    folder = Path(folder).expanduser()
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{folder}: no config.json, so it is not a model folder")
+    ours = (folder / output.SUMMARY).is_file()
+    summary = hub.read_json(folder / output.SUMMARY) if ours else {}
+    recipe = Recipe.load(folder / output.RECIPE) if (folder / output.RECIPE).is_file() else None
+    if against is None and recipe is None:
+        raise InputError(f"{folder}: holds no {output.RECIPE}, so name the original model with --against")
+    settings = (recipe.validation if recipe is not None else None) or Settings()
+    texts = settings.perplexity
+    texts = Perplexity(
+        data=data or texts.data, windows=windows or texts.windows, length=length or texts.length
+    )
+    settings = settings.model_copy(update={"perplexity": texts})
+    source = hub.resolve(str(against) if against is not None else recipe.model if recipe else "")
+    if ours and source.fingerprint() != summary["source"]["fingerprint"]:
+        raise InputError(
+            f"{source.folder}: is not the model that {folder} was made from (fingerprint "
+            f"{source.fingerprint()[:12]}, expected {summary['source']['fingerprint'][:12]}); give the right one with --against"
+        )
+    result = _validate(
+        folder, source, settings, pick_device(device), progress or Silent(), summary.get("layers", []), recipe, gates
+    )
+    if ours:
+        output.write_json(
+            folder / output.SUMMARY, {**summary, "status": result.status, "validation": result.to_dict()}
+        )
+    return result
+
+
+def load(path: str | Path, **kwargs: Any) -> Any:
+    """A checkpoint as a transformers model, its weights still packed.
+
+    kwargs  as for `AutoModelForCausalLM.from_pretrained`: dtype, device_map, ...
+    Raises InputError when the folder is no model or cannot be loaded.
+    """
+    plugin.install()
+    try:
+        return AutoModelForCausalLM.from_pretrained(path, **kwargs)
+    except (OSError, ValueError, KeyError) as e:
+        raise InputError(f"{path}: cannot be loaded: {(str(e).splitlines() or [type(e).__name__])[0][:300]}") from e
+
+
+def pick_device(device: str) -> torch.device:
+    """ "auto", "cpu" or "cuda" -> a device. Raises MissingError when a GPU is asked for and there is none."""
+    if device not in ("auto", "cpu", "cuda"):
+        raise InputError(f"unknown device {device!r}; known: auto, cpu, cuda")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise MissingError("no CUDA GPU that torch can use; run `quantkit doctor`, or use --device cpu")
+    return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def default_name(plan: planning.Plan) -> str:
+    """Name of the output folder when none is given: pydocs-llama-7m-W4A16, with the group size if it is not the usual."""
+    return f"{plan.source.name}-{plan.recipe.scheme.label}"
+
+
+def _summary(plan: planning.Plan, done: dict[str, Any]) -> dict[str, Any]:
+    """The content of quantkit.json. Without times: the same work gives the same file."""
+    return {
+        "quantkit": versions()["quantkit"],
+        "status": UNVALIDATED,
+        "source": {
+            "model": plan.source.model,
+            "revision": plan.source.revision,
+            "fingerprint": plan.source.fingerprint(),
+        },
+        "recipe": plan.recipe.to_dict(),
+        "data": done["data"],
+        "versions": versions(),
+        "layers": done["layers"],
+        "not_quantized": [{"name": x.name, "reason": x.reason} for x in plan.dense],
+        "copied_tensors": plan.skeleton.unknown,
+        "files": done["files"],
+        "size": {"source_bytes": plan.skeleton.checkpoint.size(), "output_bytes": plan.output_bytes},
+        "warnings": list(plan.warnings),
+        "validation": None,
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides the bytes of an output."""
+    found = {"python": platform.python_version()}
+    for package in ("quantkit", "torch", "transformers", "safetensors"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def _validate(
+    folder: Path,
+    source: hub.Source,
+    settings: Settings,
+    device: torch.device,
+    progress: Progress,
+    layers: list[dict[str, Any]],
+    recipe: Recipe | None,
+    gates: Mapping[str, float] | None = None,
+) -> Validation:
+    """Loads both models from disk, as a user would, and compares them."""
+    wanted = settings.perplexity
+    trust = recipe is not None and recipe.trust_remote_code
+    tokenizer = planning.tokenizer(source, trust_remote_code=trust)
+    texts = calibration.load_texts(wanted.data)
+    windows = heldout_windows(texts, tokenizer, length=wanted.length, count=wanted.windows, warn=progress.warn)
+    dtype = torch.float32 if device.type == "cpu" else "auto"
+    progress.say(f"validation: {windows.shape[0]} windows of {windows.shape[1]} tokens from {wanted.data}")
+    original = load(source.folder, dtype=dtype, trust_remote_code=trust).to(device)
+    quantized = load(folder, dtype=dtype, trust_remote_code=trust).to(device)
+    progress.begin(windows.shape[0], "window")
+    comparison = compare(original, quantized, windows, on_progress=lambda done, _: progress.item(done, "compared"))
+    progress.end()
+    limits = {k: v for k, v in settings.gates.model_dump().items() if v is not None} if gates is None else gates
+    results = gate.check(comparison, limits)
+    samples = {}
+    if settings.prompt:
+        samples = {
+            "prompt": settings.prompt,
+            "original": continuation(original, tokenizer, settings.prompt, SAMPLE_TOKENS),
+            "quantized": continuation(quantized, tokenizer, settings.prompt, SAMPLE_TOKENS),
+        }
+    message = gate.failure_message(results, gate.worst_layers(layers))
+    return Validation(comparison, results, samples, message)

@@ -1,0 +1,270 @@
+"""The command line. Each command reads its arguments, calls one function, prints what it gives back.
+
+Results go to stdout, progress and errors to stderr. Exit codes: 0 done; 2 bad usage, recipe or input; 3 a gate
+failed; 4 something is missing on this machine; 130 interrupted; 1 a bug in quantkit. Heavy imports are inside the
+commands, so that help comes at once.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
+
+import typer
+
+from quantkit import __version__
+from quantkit.errors import GateError, InputError, MissingError, QuantkitError
+
+if TYPE_CHECKING:
+    from quantkit.api import Validation
+
+Command = TypeVar("Command", bound=Callable[..., None])
+
+_MACHINE = {
+    errno.ENOSPC: "no room left on the disk; free some, or choose another place with --out",
+    errno.EDQUOT: "the disk quota is used up; free some room, or choose another place with --out",
+    errno.EROFS: "the file system is read-only; choose another place with --out",
+    errno.EACCES: "no permission; choose another place, or change its owner",
+    errno.EPERM: "not permitted; choose another place, or change its owner",
+    errno.EMFILE: "too many open files; raise the limit with ulimit -n",
+    errno.ENOMEM: "out of memory",
+    errno.EIO: "the disk reports an error",
+}
+
+app = typer.Typer(
+    name="quantkit",
+    help="Quantize Hugging Face models to checkpoints that engines load, with proof that they still work.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+class Device(str, Enum):
+    """Where the arithmetic runs."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file.", show_default=False)]
+Model = Annotated[
+    str | None, typer.Option("--model", help="Instead of the recipe's model: a Hub id, a folder, or builtin:NAME.")
+]
+Sets = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Replaces one value of the recipe: calibration.samples=64."),
+]
+DeviceOption = Annotated[Device, typer.Option("--device", help="Where the arithmetic runs.")]
+
+
+def _fail(code: int, message: str) -> NoReturn:
+    if os.environ.get("QUANTKIT_DEBUG") == "1":
+        traceback.print_exc()
+    print(f"error: {message}", file=sys.stderr)
+    raise typer.Exit(code)
+
+
+def _guarded(command: Command) -> Command:
+    """Turns what a command raises into one sentence on stderr and an exit code."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+            sys.stdout.flush()
+        except QuantkitError as error:
+            _fail(error.exit_code, str(error))
+        except KeyboardInterrupt:
+            _fail(130, "interrupted before it was finished; run the same command again")
+        except BrokenPipeError:  # the reader of our output went away, as in `quantkit schema | head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(1) from None
+        except typer.Exit:
+            raise
+        except Exception as error:
+            code, message = _unplanned(error)
+            _fail(code, message)
+
+    return run  # type: ignore[return-value]
+
+
+def _unplanned(error: Exception) -> tuple[int, str]:
+    """Exit code and sentence for an error that quantkit did not raise itself."""
+    text = " ".join(str(error).split())
+    if isinstance(error, OSError) and error.errno in _MACHINE:
+        place = f"{error.filename}: " if error.filename is not None else ""
+        return MissingError.exit_code, place + _MACHINE[error.errno]
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text:
+        advice = "lower calibration.batch_size or calibration.length"
+        return MissingError.exit_code, f"out of memory; {advice}" + (f" ({text})" if text else "")
+    hint = "set QUANTKIT_DEBUG=1 for the traceback"
+    return 1, f"this is a bug in quantkit: {type(error).__name__}: {text}; {hint}"
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"quantkit {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+@_guarded
+def quantize(
+    recipe: RecipePath,
+    model: Model = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder to write; made when missing.")] = None,
+    sets: Sets = None,
+    device: DeviceOption = Device.auto,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an output of an earlier run.")] = False,
+) -> None:
+    """Quantize a model by a recipe, write it, reload it from disk and validate it."""
+    from quantkit.recipe import Recipe
+
+    # Read before the rest is imported, so that a mistake in it is told at once.
+    resolved = Recipe.load(recipe, sets or (), model=model)
+    from quantkit import api, report
+    from quantkit.progress import Progress
+
+    with Progress.for_terminal() as progress:
+        result = api.quantize(resolved, out=out, device=device.value, overwrite=overwrite, progress=progress)
+    report.print_result(result.summary, str(result.out))
+    _check_gates(result.validation)
+
+
+@app.command()
+@_guarded
+def validate(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="What quantize wrote.", show_default=False)],
+    against: Annotated[str | None, typer.Option("--against", help="The original, when it has moved.")] = None,
+    data: Annotated[str | None, typer.Option("--data", help="Held-out texts: builtin:NAME or a file.")] = None,
+    windows: Annotated[int | None, typer.Option("--windows", min=1, help="Windows of tokens to compare on.")] = None,
+    length: Annotated[int | None, typer.Option("--length", min=2, help="Tokens a window.")] = None,
+    gate: Annotated[
+        list[str] | None, typer.Option("--gate", metavar="NAME=VALUE", help="A limit: kl=0.05. Replaces the recipe's.")
+    ] = None,
+    device: DeviceOption = Device.auto,
+) -> None:
+    """Measure a quantized checkpoint against its original, and check its gates."""
+    gates = _gates(gate) if gate else None
+    from quantkit import api, report
+    from quantkit.progress import Progress
+
+    with Progress.for_terminal() as progress:
+        validation = api.validate(
+            folder,
+            against=against,
+            data=data,
+            windows=windows,
+            length=length,
+            gates=gates,
+            device=device.value,
+            progress=progress,
+        )
+    report.print_result({"validation": validation.to_dict()}, str(folder))
+    _check_gates(validation)
+
+
+def _gates(items: list[str]) -> dict[str, float]:
+    """["kl=0.05"] -> {"kl": 0.05}, checked as a recipe's gates are."""
+    from pydantic import ValidationError
+
+    from quantkit.recipe import Gates
+    from quantkit.recipe_errors import hint
+
+    found: dict[str, float] = {}
+    for item in items:
+        name, equals, text = item.partition("=")
+        if not equals:
+            raise InputError(f"--gate {item}: expected name=value, such as kl=0.05")
+        if name not in Gates.model_fields:
+            raise InputError(f"--gate {item}: unknown gate {name}; {hint(name, [*Gates.model_fields])}")
+        try:
+            found[name] = float(text)
+            Gates.model_validate({name: found[name]})
+        except ValidationError as error:
+            raise InputError(f"--gate {item}: {error.errors()[0]['msg']}") from None
+        except ValueError:
+            raise InputError(f"--gate {item}: expected a number, got {text!r}") from None
+    return found
+
+
+def _check_gates(validation: Validation | None) -> None:
+    if validation is not None and not all(gate.passed for gate in validation.gates):
+        raise GateError(validation.message)
+
+
+@app.command()
+@_guarded
+def inspect(
+    path: Annotated[
+        str, typer.Argument(metavar="MODEL_OR_DIR", help="A Hub id, a folder, or builtin:NAME.", show_default=False)
+    ],
+) -> None:
+    """Show what a model or a quantized checkpoint is made of."""
+    from quantkit import inspection, report
+
+    report.print_inspect(inspection.inspect(path))
+
+
+@app.command()
+@_guarded
+def plan(recipe: RecipePath, model: Model = None, sets: Sets = None) -> None:
+    """Tell memory, time and disk of a run before anything is loaded."""
+    from quantkit.recipe import Recipe
+
+    resolved = Recipe.load(recipe, sets or (), model=model)
+    from quantkit import plan as planning
+    from quantkit import report
+
+    report.print_plan(planning.describe(planning.make(resolved)))
+
+
+@app.command()
+@_guarded
+def schema() -> None:
+    """Print the JSON schema of a recipe, for editors."""
+    from quantkit.recipe import json_schema
+
+    print(json.dumps(json_schema(), indent=2))
+
+
+@app.command()
+@_guarded
+def doctor() -> None:
+    """Show versions, GPU, memory and disk, what is missing and how to get it."""
+    from quantkit import doctor as doctoring
+    from quantkit import report
+
+    found = doctoring.checks()
+    report.print_section(doctoring.report(found))
+    bad = [check for check in found if check.state == "bad"]
+    if bad:
+        raise MissingError("; ".join(f"{check.name}: {check.found}, {check.advice}" for check in bad))
+
+
+def main() -> None:
+    """Entry point of the `quantkit` command."""
+    try:
+        app()
+    except KeyboardInterrupt:  # before or after a command, as while modules are imported
+        print("error: interrupted", file=sys.stderr)
+        sys.exit(130)

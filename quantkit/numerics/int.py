@@ -1,0 +1,148 @@
+"""Integers of 2 to 8 bits.
+
+    codes  q in [-2^(b-1), 2^(b-1) - 1], signed, also when asymmetric      w = (q - zero) * scale
+    int4   q -8..7; symmetric: zero absent, scale = 2 amax / 15, so the grid is -8..7 steps: lopsided by one
+    error  a weight drawn evenly within a step: scale^2 / 12; clipping the largest few buys a finer step for the rest
+
+`search` chooses the scale of each group:
+    "absmax"  nothing clips: scale = 2 amax / (2^b - 1), asymmetric (max - min) / (2^b - 1); what peers do by default
+    "mse"     a grid of smaller scales as well; the one with the least squared error wins, each weight's error counted
+              `importance_K` times (diag of the Hessian: how much the layer's output feels that column).
+              Every candidate is rounded to `scale_dtype` first: the scale that is stored is the scale that is judged.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from quantkit import numerics
+from quantkit.errors import InputError
+from quantkit.types import QParams, TensorScheme
+
+NUMBERS = ("int2", "int3", "int4", "int5", "int6", "int7", "int8")
+
+SHRINK_STEP, SHRINK_COUNT = 0.02, 32  # candidates s0 * (1 - 0.02 i), i < 32
+# Elements of w judged at once: what stays in a CPU's cache is judged several times faster; a GPU wants many at a time.
+SEARCH_ELEMENTS = {"cpu": 1 << 17, "cuda": 1 << 25}
+
+
+def bits(scheme: TensorScheme) -> int:
+    """Bits of an integer number format: 4 for "int4"."""
+    return int(scheme.number[3:])
+
+
+def limits(scheme: TensorScheme) -> tuple[int, int]:
+    """Smallest and largest code: (-8, 7) for int4."""
+    half = 1 << (bits(scheme) - 1)
+    return -half, half - 1
+
+
+def qparams(
+    w_NK: torch.Tensor,
+    scheme: TensorScheme,
+    *,
+    scale_dtype: torch.dtype,
+    search: str = "absmax",
+    importance_K: torch.Tensor | None = None,
+) -> QParams:
+    """Scales (and zero points) of a weight.
+
+    w_NK          (N, K) float
+    scale_dtype   dtype in which scales are stored; candidates are rounded to it before they are judged
+    search        "absmax" or "mse", see the module's docstring
+    importance_K  (K,) float, weight of each column's squared error in "mse"; None counts all alike
+    Returns QParams with scale (N, G) in `scale_dtype` and zero (N, G) int8, or None when symmetric.
+    Raises InputError for a strategy or group size that does not fit.
+    """
+    if search not in ("absmax", "mse"):
+        raise InputError(f"unknown scale search {search!r}; known: absmax, mse")
+    n, k = w_NK.shape
+    if scheme.strategy == "tensor":
+        everywhere = None if importance_K is None else importance_K.repeat(n)[None]
+        return _qparams_rows(w_NK.float().reshape(1, -1), scheme, scale_dtype, search, everywhere)
+    if scheme.strategy not in ("channel", "group"):
+        raise InputError(f"{scheme.number} has no scale per {scheme.strategy}; use tensor, channel or group")
+    g = numerics.groups(scheme, k)
+    rows = max(1, SEARCH_ELEMENTS.get(w_NK.device.type, 1 << 20) // k)
+    parts = []
+    for start in range(0, n, rows):
+        w = w_NK[start : start + rows].float().reshape(-1, k // g)
+        weight = None if importance_K is None else importance_K.reshape(g, k // g).repeat(w.shape[0] // g, 1)
+        parts.append(_qparams_rows(w, scheme, scale_dtype, search, weight))
+    scale = torch.cat([p.scale_NG for p in parts]).reshape(n, g)
+    zeros = [p.zero_NG for p in parts if p.zero_NG is not None]
+    return QParams(scale, torch.cat(zeros).reshape(n, g) if zeros else None)
+
+
+def _qparams_rows(
+    w: torch.Tensor, scheme: TensorScheme, dtype: torch.dtype, search: str, weight: torch.Tensor | None
+) -> QParams:
+    """One scale a row of `w` (R, k) -> scale (R, 1), zero (R, 1) or None."""
+    low = w.amin(1, keepdim=True).clamp(max=0)
+    high = w.amax(1, keepdim=True).clamp(min=0)
+    best = _candidate(low, high, 1.0, scheme, dtype)
+    if search == "absmax":
+        return best
+    best_error = _error(w, best, scheme, weight)
+    scale, zero = best.scale_NG, best.zero_NG
+    for i in range(1, SHRINK_COUNT):
+        trial = _candidate(low, high, 1 - SHRINK_STEP * i, scheme, dtype)
+        error = _error(w, trial, scheme, weight)
+        better = error < best_error
+        best_error = torch.where(better, error, best_error)
+        scale = torch.where(better, trial.scale_NG, scale)
+        if zero is not None and trial.zero_NG is not None:
+            zero = torch.where(better, trial.zero_NG, zero)
+    return QParams(scale, zero)
+
+
+def _candidate(low: torch.Tensor, high: torch.Tensor, shrink: float, scheme: TensorScheme, dtype: torch.dtype) -> QParams:
+    """The scale that spans [low, high] * shrink, rounded to its stored dtype, and the zero point that goes with it."""
+    code_min, code_max = limits(scheme)
+    if scheme.symmetric:
+        span = 2 * torch.maximum(high, -low)
+    else:
+        span = high - low
+    scale = (span * shrink / (code_max - code_min)).to(dtype)
+    # A row of zeros, or one whose scale underflows, gets the smallest step that the dtype's precision suggests.
+    scale = torch.where(scale == 0, torch.finfo(dtype).eps, scale)
+    if scheme.symmetric:
+        return QParams(scale)
+    zero = (code_min - low * shrink / scale.float()).round().clamp(code_min, code_max)
+    return QParams(scale, zero.to(torch.int8))
+
+
+def _error(w: torch.Tensor, q: QParams, scheme: TensorScheme, weight: torch.Tensor | None) -> torch.Tensor:
+    """Sum over each row of the squared rounding error, in place on one buffer: this is the loop that costs."""
+    scale = q.scale_NG.float()
+    zero = None if q.zero_NG is None else q.zero_NG.float()
+    error = _nearest(w, scale, zero, scheme)
+    if zero is not None:
+        error.sub_(zero)
+    error.mul_(scale).sub_(w).square_()
+    if weight is not None:
+        error.mul_(weight)
+    return error.sum(1, keepdim=True)
+
+
+def _nearest(w: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, scheme: TensorScheme) -> torch.Tensor:
+    """Nearest code as a new float tensor, ties to even, saturating; scale and zero broadcast against w."""
+    q = w / scale
+    if zero is not None:
+        q.add_(zero)
+    return q.round_().clamp_(*limits(scheme))
+
+
+def encode(w_NK: torch.Tensor, qparams: QParams, scheme: TensorScheme) -> torch.Tensor:
+    """Nearest code of each weight, ties to even, saturating. (N, K) float -> (N, K) int8."""
+    fine = numerics.expand(qparams, scheme, w_NK.shape)
+    return _nearest(w_NK.float(), fine.scale_NG, fine.zero_NG, scheme).to(torch.int8)
+
+
+def decode(codes_NK: torch.Tensor, qparams: QParams, scheme: TensorScheme) -> torch.Tensor:
+    """(codes - zero) * scale, float32 (N, K)."""
+    fine = numerics.expand(qparams, scheme, codes_NK.shape)
+    q = codes_NK.float()
+    if fine.zero_NG is not None:
+        q = q - fine.zero_NG
+    return q * fine.scale_NG

@@ -1,0 +1,104 @@
+"""The output folder: built beside its final place under another name, and moved there only when it is whole.
+
+    OUT           absent, empty, or the finished output of an earlier run of the same recipe (or `overwrite`)
+    .OUT.partial  where the work happens; removed when the run fails or is interrupted; a leftover of a killed run is
+                  known by its lock file and replaced, anything else of that name is refused
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from quantkit.errors import InputError, MissingError
+
+SUMMARY = "quantkit.json"
+RECIPE = "quantkit-recipe.yaml"
+LOCK = ".quantkit-running"
+
+
+def check(out: Path, source: Path, recipe_yaml: str, *, overwrite: bool) -> None:
+    """Refuses an output folder that is not ours to write. Raises InputError that says what is there."""
+    place, origin = out.resolve(), source.resolve()
+    if place == origin or place in origin.parents or origin in place.parents:
+        raise InputError(f"{out}: overlaps the source model's folder {source}; choose another --out")
+    if not out.exists() and not out.is_symlink():
+        return
+    if not out.is_dir():
+        raise InputError(f"{out}: is a file, not a folder; choose another --out")
+    if not any(out.iterdir()):
+        return
+    if not (out / SUMMARY).is_file():
+        raise InputError(f"{out}: exists and was not written by quantkit; choose another --out or move it away")
+    if overwrite:
+        return
+    recipe = out / RECIPE
+    if not recipe.is_file() or recipe.read_text("utf-8") != recipe_yaml:
+        raise InputError(f"{out}: holds the result of another recipe; choose another --out, or --overwrite to replace it")
+
+
+@contextmanager
+def staged(out: Path) -> Iterator[Path]:
+    """Gives a fresh folder to write in; moves it to `out` when the body ends well, removes it when it does not."""
+    folder = out.parent / f".{out.name}.partial"
+    lock = _acquire(folder)
+    try:
+        yield folder
+        (folder / LOCK).unlink()
+        _replace(out, folder)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    finally:
+        os.close(lock)
+
+
+def _acquire(folder: Path) -> int:
+    """Makes the folder, with a lock in it that another run can see and that ends with this process."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        if folder.exists() and not (folder / LOCK).exists():
+            raise InputError(f"{folder}: exists and is not a leftover of quantkit; move it away")
+        folder.mkdir(exist_ok=True)
+        handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    except PermissionError as e:
+        raise MissingError(f"{e.filename}: no permission to write here; choose another --out") from None
+    except NotADirectoryError as e:
+        raise InputError(f"{e.filename}: is a file, so no folder can be made in it; choose another --out") from None
+    except OSError as e:
+        raise MissingError(f"{folder.parent}: cannot be written to ({e.strerror}); choose another --out") from None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(handle)
+        raise InputError(f"{folder}: another run is writing this output; wait for it, or choose another --out") from None
+    for path in folder.iterdir():
+        if path.name != LOCK:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return handle
+
+
+def _replace(out: Path, folder: Path) -> None:
+    """Puts `folder` in the place of `out`. The old one goes last, so that at any moment one of them is whole."""
+    old = out.parent / f".{out.name}.old"
+    shutil.rmtree(old, ignore_errors=True)
+    if out.exists():
+        os.rename(out, old)
+    os.rename(folder, out)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def write_json(file: Path, content: dict[str, Any]) -> None:
+    """Writes JSON whole or not at all."""
+    fresh = file.with_name(f".{file.name}.new")
+    with fresh.open("w", encoding="utf-8") as f:
+        f.write(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(fresh, file)

@@ -1,0 +1,280 @@
+"""The whole story of a run, top to bottom: one block in memory at a time, from the source's shards to the output's.
+
+    open the writer        every byte of the output has its place, the disk's room is reserved
+    run up to the blocks   calibration rows become hidden states
+    for each block         load it; observe each distinct input of its linears; round each weight once; write it;
+                           put the decoded weights in its place and run it again, so that the next block sees
+                           what it will see in production
+    finish                 the rest of the tensors, config.json, every other file of the source
+
+Writes into a folder that the caller made, and never to any other place. Nothing here says that the output is good:
+that is for validation, after a reload from disk.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from quantkit import algorithms, blocks, calibration, formats, numerics
+from quantkit.checkpoint import DTYPES, ShardWriter, is_other_weights, nbytes, other_files
+from quantkit.errors import InputError
+from quantkit.hub import read_json
+from quantkit.plan import Linear, Plan, outside, tokenizer
+from quantkit.progress import Progress
+from quantkit.stats import Observer
+from quantkit.types import Notes, QParams, QuantizedTensor, Stats
+
+CONFIG = "config.json"
+
+
+@dataclass
+class Run:
+    """One run under way: the plan, where it computes, what it has found out so far."""
+
+    plan: Plan
+    writer: ShardWriter
+    device: torch.device
+    dtype: torch.dtype
+    progress: Progress
+    layers: list[dict[str, Any]] = field(default_factory=list)
+
+
+@torch.no_grad()
+def quantize(plan: Plan, folder: Path, *, device: torch.device, progress: Progress) -> dict[str, Any]:
+    """Quantizes a planned model into an empty folder; returns what quantkit.json says of the layers, data and files.
+
+    device  where blocks are computed; on the CPU in float32, on a GPU in the checkpoint's dtype
+    """
+    for warning in plan.warnings:
+        progress.warn(warning)
+    rows = _rows(plan, progress)
+    dtype = torch.float32 if device.type == "cpu" else plan.skeleton.dtype
+    writer = ShardWriter(folder, plan.specs, plan.recipe.export.shard_bytes)
+    run = Run(plan, writer, device, dtype, progress)
+    try:
+        progress.begin(len(plan.structure.blocks), "block")
+        batches = _outside(run, rows)
+        for block in plan.structure.blocks:
+            progress.item(block.index + 1, block.name)
+            _block(run, block, batches)
+        for name in plan.skeleton.unknown:
+            writer.write(name, plan.skeleton.checkpoint.read_finite(name))
+        progress.end()
+        weights = writer.close()
+    finally:
+        writer.abort()
+    files = _files(plan, folder, weights)
+    return {"data": _data(rows), "layers": run.layers, "files": files}
+
+
+def _rows(plan: Plan, progress: Progress) -> calibration.Rows | None:
+    """The calibration rows, or None for a method that needs none."""
+    if not plan.needs_data:
+        return None
+    wanted = plan.recipe.calibration
+    rows = calibration.pack_rows(
+        calibration.load_texts(wanted.data),
+        tokenizer(plan.source, trust_remote_code=plan.recipe.trust_remote_code),
+        samples=wanted.samples,
+        length=wanted.length,
+        packing=wanted.packing,
+    )
+    report = rows.report
+    if report["rows"] < wanted.samples:
+        progress.warn(
+            f"calibration data {wanted.data} gives {report['rows']} rows of {wanted.length} tokens, "
+            f"not the {wanted.samples} that the recipe asks for"
+        )
+    vocabulary = plan.skeleton.model.get_input_embeddings().num_embeddings
+    if int(rows.ids_RL.max()) >= vocabulary:
+        raise InputError(
+            f"{plan.source.folder}: the tokenizer gives token {int(rows.ids_RL.max())}, but the model has only "
+            f"{vocabulary} embeddings; they do not belong together"
+        )
+    progress.say(f"calibration: {report['tokens']:,} tokens in {report['rows']} rows of {wanted.length} from {wanted.data}")
+    widest = max(x.shape[1] for x in plan.quantized)
+    if report["tokens"] < 4 * widest:
+        progress.warn(
+            f"only {report['tokens']:,} calibration tokens for layers of {widest} inputs; below {4 * widest:,} "
+            "the statistics fit the calibration text more than the model: raise calibration.samples or length"
+        )
+    return rows
+
+
+def _data(rows: calibration.Rows | None) -> dict[str, Any] | None:
+    return None if rows is None else {"sha256": rows.sha256, **rows.report}
+
+
+def _outside(run: Run, rows: calibration.Rows | None) -> list[blocks.Batch]:
+    """Writes what is in no block, and takes the calibration rows up to the first block."""
+    plan, ghost = run.plan, run.plan.skeleton
+    names = outside(ghost, plan.structure)
+    run.progress.doing("embeddings")
+    for name in names:
+        disk = ghost.to_disk[name]
+        run.writer.write(disk, ghost.checkpoint.read_finite(disk))
+    if rows is None:
+        return []
+    ghost.load(names, run.device, run.dtype)
+    ghost.tie()
+    for buffer in ghost.model.buffers():
+        buffer.data = buffer.data.to(run.device)
+    size = plan.recipe.calibration.batch_size
+    pairs = zip(rows.ids_RL.split(size), rows.mask_RL.split(size), strict=True)
+    batches = blocks.begin(ghost, plan.structure, [(i.to(run.device), m.to(run.device)) for i, m in pairs])
+    ghost.unload(names)
+    return batches
+
+
+def _block(run: Run, block: blocks.Block, batches: list[blocks.Batch]) -> None:
+    """One block: observe, quantize, write, and run on with the decoded weights."""
+    ghost, linears = run.plan.skeleton, run.plan.linears
+    names = ghost.parameters(block.name + ".")
+    ghost.load(names, run.device, run.dtype)
+    module = ghost.model.get_submodule(block.name)
+    observers = _observe(run, block, module, batches)
+    packed = set()
+    for k, group in enumerate(block.groups, 1):
+        run.progress.doing(f"quantize {k}/{len(block.groups)}")
+        for alike in _by_scheme([linears[m] for m in group if linears[m].scheme is not None]):
+            stats = observers[alike[0].module].result() if observers else None
+            _solve(run, alike, stats)
+            packed.update(f"{x.module}.weight" for x in alike)
+        for m in group:
+            observers.pop(m, None)
+    for name in names:
+        if name not in packed:
+            disk = ghost.to_disk[name]
+            run.writer.write(disk, ghost.checkpoint.read(disk))
+    if batches and block.index + 1 < len(run.plan.structure.blocks):
+        run.progress.doing("run with quantized weights")
+        for batch in batches:
+            batch.hidden = blocks.run(module, batch, block.index)
+    ghost.unload(names)
+
+
+def _observe(
+    run: Run, block: blocks.Block, module: nn.Module, batches: list[blocks.Batch]
+) -> dict[str, Observer]:
+    """Runs the block over all batches; one observer for each distinct input, under the name of each linear of it."""
+    needs = algorithms.get(run.plan.recipe.method_name).NEEDS
+    if not batches or not needs:
+        return {}
+    run.progress.doing("observe")
+    linears = run.plan.linears
+    shared: dict[str, Observer] = {}
+    first: dict[str, Observer] = {}
+    for group in block.groups:
+        if any(linears[m].scheme for m in group):
+            observer = Observer(needs, linears[group[0]].shape[1], run.device)
+            first[group[0]] = observer
+            shared.update(dict.fromkeys(group, observer))
+    for batch in batches:
+        with blocks.watched(run.plan.skeleton.model, list(first), lambda m, x, b=batch: first[m].update(x, b.mask)):  # type: ignore[misc]
+            blocks.run(module, batch, block.index)
+    return shared
+
+
+def _by_scheme(group: Sequence[Linear]) -> list[list[Linear]]:
+    """Layers that can be solved together: those with one scheme and one dtype."""
+    alike: dict[tuple[Any, str], list[Linear]] = {}
+    for layer in group:
+        alike.setdefault((layer.scheme, layer.dtype), []).append(layer)
+    return list(alike.values())
+
+
+def _solve(run: Run, layers: list[Linear], stats: Stats | None) -> None:
+    """Quantizes linears with one input and one scheme as one stacked weight, writes them, puts the decoded ones in place."""
+    recipe, model = run.plan.recipe, run.plan.skeleton.model
+    scheme = layers[0].scheme
+    assert scheme is not None
+    weights = [model.get_submodule(x.module).weight for x in layers]
+    algorithm = algorithms.get(recipe.method_name)
+    notes = Notes()
+    try:
+        q = algorithm.quantize(
+            torch.cat(weights).float(),
+            scheme.weights,
+            stats,
+            options=recipe.method_options,
+            scale_dtype=DTYPES[layers[0].dtype],
+            notes=notes,
+        )
+    except InputError as e:
+        raise InputError(f"{', '.join(x.name for x in layers)}: {e}") from None
+    for layer, weight, part in zip(layers, weights, _split(q, [x.shape[0] for x in layers]), strict=True):
+        decoded = numerics.dequantize(part)
+        _record(run, layer, weight, decoded, stats, notes)
+        for suffix, tensor in formats.get(recipe.export.format).pack(part, scheme.activations).items():
+            run.writer.write(f"{layer.name}.{suffix}", tensor)
+        # What an engine multiplies with is rounded to the model's dtype.
+        run.plan.skeleton.put(f"{layer.module}.weight", decoded.to(DTYPES[layer.dtype]).to(run.dtype))
+
+
+def _split(q: QuantizedTensor, rows: list[int]) -> list[QuantizedTensor]:
+    """Takes a stacked weight apart again, by rows. Scales of a whole tensor go to every part."""
+    parts = []
+    for start, count in zip(torch.tensor([0, *rows]).cumsum(0).tolist(), rows, strict=False):
+
+        def cut(t: torch.Tensor | None, start: int = start, count: int = count) -> torch.Tensor | None:
+            return t if t is None or t.shape[0] != sum(rows) else t[start : start + count].contiguous()
+
+        scale = cut(q.qparams.scale_NG)
+        assert scale is not None
+        qparams = QParams(scale, cut(q.qparams.zero_NG), q.qparams.global_scale)
+        parts.append(QuantizedTensor(q.codes_NK[start : start + count].contiguous(), qparams, q.scheme))
+    return parts
+
+
+def _record(
+    run: Run, layer: Linear, weight: torch.Tensor, decoded: torch.Tensor, stats: Stats | None, notes: Notes
+) -> None:
+    """One line of the report: how far the layer is from what it was, in its output when its inputs are known."""
+    w, d = weight.float(), weight.float() - decoded
+    gram = None if stats is None else stats.gram_KK
+    if gram is None:
+        kind, error, whole = "weight", float(d.square().sum()), float(w.square().sum())
+    else:
+        kind, error, whole = "output", float(((d @ gram) * d).sum()), float(((w @ gram) * w).sum())
+    specs = [spec for name, spec in run.plan.specs.items() if name.startswith(layer.name + ".weight")]
+    run.layers.append(
+        {
+            "name": layer.name,
+            "shape": list(layer.shape),
+            "bits_per_weight": round(8 * sum(nbytes(s) for s in specs) / (layer.shape[0] * layer.shape[1]), 4),
+            "relative_error": error / whole if whole else 0.0,
+            "error_of": kind,
+            "tokens": stats.tokens if stats else 0,
+            "notes": list(notes.lines),
+        }
+    )
+    for line in notes.lines:
+        run.progress.warn(f"{layer.name}: {line}")
+
+
+def _files(plan: Plan, folder: Path, weights: list[str]) -> dict[str, Any]:
+    """config.json with what was done, and every other file of the source."""
+    config = read_json(plan.source.folder / CONFIG)
+    config["quantization_config"] = plan.config()
+    (folder / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", "utf-8")
+    copied, dropped = [], []
+    for relative in other_files(plan.source.folder):
+        if str(relative) == CONFIG:
+            continue
+        if is_other_weights(relative):
+            if plan.source.folder / relative not in plan.skeleton.checkpoint.where.values():
+                dropped.append({"name": str(relative), "reason": "weights or an index of the unquantized model"})
+            continue
+        target = folder / relative
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(plan.source.folder / relative, target)
+        copied.append(str(relative))
+    return {"weights": weights, "copied": copied, "dropped": dropped}

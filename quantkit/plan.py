@@ -1,0 +1,242 @@
+"""What a recipe will do to a model, decided from headers alone: no weight is read.
+
+The plan is also the first half of the work: the pipeline follows it to the byte. Everything that can be refused is
+refused here, before anything is computed or written.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
+
+from quantkit import algorithms, blocks, formats, hub, numerics, skeleton
+from quantkit.checkpoint import DTYPES, Checkpoint, nbytes
+from quantkit.errors import InputError
+from quantkit.recipe import Recipe
+from quantkit.types import Scheme, TensorSpec
+
+
+@dataclass(frozen=True)
+class Linear:
+    """One linear layer: its names on disk and in memory, its shape (N, K), and what becomes of it."""
+
+    name: str
+    module: str
+    shape: tuple[int, int]
+    dtype: str
+    scheme: Scheme | None
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that is known before the first weight is read.
+
+    linears  by name in memory
+    specs    every tensor of the output, in the order of writing
+    """
+
+    recipe: Recipe
+    source: hub.Source
+    skeleton: skeleton.Skeleton
+    structure: blocks.Structure
+    linears: dict[str, Linear]
+    specs: dict[str, TensorSpec]
+    warnings: tuple[str, ...]
+
+    @property
+    def quantized(self) -> list[Linear]:
+        return [x for x in self.linears.values() if x.scheme is not None]
+
+    @property
+    def dense(self) -> list[Linear]:
+        return [x for x in self.linears.values() if x.scheme is None]
+
+    @property
+    def output_bytes(self) -> int:
+        """Exact size of the output's tensors."""
+        return sum(nbytes(spec) for spec in self.specs.values())
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether calibration tokens run through the model at all."""
+        return bool(algorithms.get(self.recipe.method_name).NEEDS)
+
+    def config(self) -> dict[str, Any]:
+        """The quantization_config of the output."""
+        schemes = {x.name: x.scheme for x in self.linears.values()}
+        return dict(formats.get(self.recipe.export.format).config(schemes))
+
+
+def make(recipe: Recipe) -> Plan:
+    """Finds the model and decides what happens to each of its tensors. Raises InputError for what cannot be done."""
+    source = hub.resolve(recipe.model)
+    checkpoint = Checkpoint.open(source.folder)
+    ghost = skeleton.build(source.folder, checkpoint, trust_remote_code=recipe.trust_remote_code)
+    structure = blocks.find(ghost)
+    linears, warnings = _linears(recipe, ghost, structure)
+    if not any(x.scheme for x in linears.values()):
+        raise InputError("no layer would be quantized: every linear is left dense by a rule or by scheme: none")
+    specs = _specs(recipe, ghost, structure, linears)
+    if ghost.unknown:
+        names = ", ".join(ghost.unknown[:3]) + (", ..." if len(ghost.unknown) > 3 else "")
+        warnings.append(f"{len(ghost.unknown)} tensors have no place in transformers' model and are copied as they are: {names}")
+    return Plan(recipe, source, ghost, structure, linears, specs, (*structure.warnings, *warnings))
+
+
+def tokenizer(source: hub.Source, *, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a model folder. Raises InputError when there is none that works."""
+    try:
+        return AutoTokenizer.from_pretrained(source.folder, trust_remote_code=trust_remote_code)
+    except (ValueError, OSError, KeyError, TypeError, AttributeError, ImportError) as e:
+        line = (str(e).splitlines() or [type(e).__name__])[0][:200]
+        raise InputError(f"{source.folder}: its tokenizer cannot be loaded ({line})") from None
+
+
+def _linears(
+    recipe: Recipe, ghost: skeleton.Skeleton, structure: blocks.Structure
+) -> tuple[dict[str, Linear], list[str]]:
+    inside = [name for block in structure.blocks for name in block.linears]
+    on_disk = {m: ghost.to_disk.get(f"{m}.weight", f"{m}.weight").removesuffix(".weight") for m in (*inside, *structure.outside)}
+    schemes, silent = recipe.assign(list(on_disk.values()))
+    linears: dict[str, Linear] = {}
+    for module, name in on_disk.items():
+        weight = ghost.model.get_submodule(module).weight
+        shape = (int(weight.shape[0]), int(weight.shape[1]))
+        scheme, reason = schemes[name], "left dense by a rule or by scheme: none"
+        if module in structure.outside:
+            if scheme is not None and any(rule.matches(name) for rule in recipe.rules):
+                raise InputError(f"{name}: is in no block, and only layers in blocks can be quantized by this version")
+            scheme, reason = None, "is in no block"
+        spec = ghost.checkpoint.specs.get(f"{name}.weight")
+        dtype = spec.dtype if spec else "BF16"
+        if scheme is not None:
+            _check(name, shape, dtype, scheme, recipe)
+        linears[module] = Linear(name, module, shape, dtype, scheme, "" if scheme else reason)
+    return linears, [f"rule {rule.match!r} matches no linear layer of this model" for rule in silent]
+
+
+def _check(name: str, shape: tuple[int, int], dtype: str, scheme: Scheme, recipe: Recipe) -> None:
+    """Refuses what number format or checkpoint format cannot hold, naming the layer."""
+    if dtype not in ("F32", "F16", "BF16"):
+        raise InputError(f"{name}: its weight is stored as {dtype}; only F32, F16 and BF16 can be quantized")
+    try:
+        numerics.get(scheme.weights.number)
+        numerics.groups(scheme.weights, shape[1])
+        formats.get(recipe.export.format).tensors(shape, scheme, dtype)
+    except InputError as e:
+        raise InputError(f"{name} {shape[0]}x{shape[1]}: {e}; choose another group size, or leave it dense with a rule") from None
+
+
+def _specs(
+    recipe: Recipe, ghost: skeleton.Skeleton, structure: blocks.Structure, linears: dict[str, Linear]
+) -> dict[str, TensorSpec]:
+    """Every tensor of the output: those outside the blocks first, then block by block."""
+    pack = formats.get(recipe.export.format)
+    specs: dict[str, TensorSpec] = {}
+
+    def add(memory: str) -> None:
+        layer = linears.get(memory.removesuffix(".weight")) if memory.endswith(".weight") else None
+        if layer is not None and layer.scheme is not None:
+            for suffix, spec in pack.tensors(layer.shape, layer.scheme, layer.dtype).items():
+                specs[f"{layer.name}.{suffix}"] = spec
+        else:
+            specs[ghost.to_disk[memory]] = skeleton.spec_of(ghost, memory)
+
+    for memory in outside(ghost, structure):
+        add(memory)
+    for block in structure.blocks:
+        for memory in ghost.parameters(block.name + "."):
+            add(memory)
+    for name in ghost.unknown:
+        specs[name] = ghost.checkpoint.specs[name]
+    return specs
+
+
+def outside(ghost: skeleton.Skeleton, structure: blocks.Structure) -> list[str]:
+    """Parameters, by name in memory, that are in no block: embeddings, last norm, head."""
+    prefixes = tuple(block.name + "." for block in structure.blocks)
+    return [name for name in ghost.to_disk if not name.startswith(prefixes)]
+
+
+def memory(plan: Plan, device: torch.device, dtype: torch.dtype) -> dict[str, int]:
+    """Bytes that the work will hold at once, part by part; `total` is the estimated peak without the Python process."""
+    ghost, recipe = plan.skeleton, plan.recipe
+    size = dtype.itemsize
+    block = max(sum(_numel(ghost, p) for p in ghost.parameters(b.name + ".")) for b in plan.structure.blocks)
+    stacked = max(
+        sum(plan.linears[m].shape[0] for m in group) * plan.linears[group[0]].shape[1]
+        for b in plan.structure.blocks
+        for group in b.groups
+    )
+    parts = {"one block": block * size, "one group of linears while it is solved": stacked * 4 * 6}
+    if plan.needs_data:
+        hidden = int(ghost.model.config.get_text_config().hidden_size)
+        rows, length = recipe.calibration.samples, recipe.calibration.length
+        inputs = [plan.linears[g[0]].shape[1] for g in plan.structure.blocks[0].groups]
+        widest = max(inputs)
+        parts["embeddings and head"] = sum(_numel(ghost, p) for p in outside(ghost, plan.structure)) * size
+        parts["hidden states"] = rows * length * hidden * size
+        parts["statistics"] = sum(k * k * 4 for k in inputs) + 5 * widest * widest * 4
+        parts["one batch in a block"] = min(rows, recipe.calibration.batch_size) * length * (4 * hidden + 3 * widest) * size
+    return {**parts, "total": sum(parts.values())}
+
+
+def _numel(ghost: skeleton.Skeleton, name: str) -> int:
+    return nbytes(skeleton.spec_of(ghost, name)) // DTYPES[skeleton.spec_of(ghost, name).dtype].itemsize
+
+
+def describe(plan: Plan) -> dict[str, Any]:
+    """The plan as plain values for a person: title, facts, a table of what happens to which layers, warnings."""
+    recipe = plan.recipe
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.float32 if device.type == "cpu" else plan.skeleton.dtype
+    parts = memory(plan, device, dtype)
+    source, output = plan.skeleton.checkpoint.size(), plan.output_bytes
+    params = sum(x.shape[0] * x.shape[1] for x in plan.quantized)
+    facts = [
+        ("model", f"{plan.source.model} ({type(plan.skeleton.model).__name__}, {len(plan.structure.blocks)} blocks)"),
+        ("method", recipe.method_name),
+        ("quantized", f"{len(plan.quantized)} linear layers, {params:,} weights"),
+        ("source", f"{source:,} bytes of tensors"),
+        ("output", f"{output:,} bytes of tensors, {output / source:.1%} of the source"),
+        ("disk", f"{output:,} bytes, reserved before the work starts"),
+        ("device", str(device)),
+        ("memory", f"about {parts['total']:,} bytes beside the Python process"),
+        *((f"  {name}", f"{size:,} bytes") for name, size in parts.items() if name != "total"),
+    ]
+    if plan.needs_data:
+        wanted = recipe.calibration
+        facts.append(("calibration", f"{wanted.samples} rows of {wanted.length} tokens from {wanted.data}"))
+    else:
+        facts.append(("calibration", f"none: {recipe.method_name} reads no data"))
+    return {
+        "title": f"plan for {plan.source.name}",
+        "facts": facts,
+        "table": {"columns": ["layers", "how many", "shape", "becomes"], "rows": _kinds(list(plan.linears.values()))},
+        "warnings": list(plan.warnings),
+    }
+
+
+def _kinds(linears: list[Linear]) -> list[list[str]]:
+    """Linears of one kind in one row: their names with the block's number as *."""
+    kinds: dict[tuple[str, str, str], int] = {}
+    for x in linears:
+        name = ".".join("*" if part.isdigit() else part for part in x.name.split("."))
+        what = short(x.scheme) if x.scheme else f"stays {x.dtype}: {x.reason}"
+        key = (name, f"{x.shape[0]} x {x.shape[1]}", what)
+        kinds[key] = kinds.get(key, 0) + 1
+    return [[name, str(count), shape, what] for (name, shape, what), count in kinds.items()]
+
+
+def short(scheme: Scheme | None) -> str:
+    """A scheme in a few words: "int4, group 128, symmetric"."""
+    if scheme is None:
+        return "dense"
+    w = scheme.weights
+    share = f"group {w.group_size}" if w.strategy == "group" else w.strategy
+    text = f"{w.number}, {share}, {'symmetric' if w.symmetric else 'asymmetric'}"
+    return text if scheme.activations is None else f"{text}; {scheme.activations.number} activations"

@@ -1,0 +1,321 @@
+"""The recipe: everything that decides a run, as one frozen value that YAML goes into and comes out of.
+
+    recipe = Recipe.load("recipe.yaml", ["calibration.samples=64"])
+    recipe.assign(["model.layers.0.self_attn.q_proj", "lm_head"])    # -> a scheme each, by rule
+
+Short forms are spread out when read (`scheme: W4A16` becomes `{preset: W4A16, group_size: 128}`), so `to_yaml` writes
+every default explicitly and reads back as an equal recipe. Unknown keys are refused. The options of a method are the
+pydantic model `Options` of its file in quantkit/algorithms; nothing about them is said here.
+"""
+
+from __future__ import annotations
+
+import copy
+import fnmatch
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    Field,
+    GetJsonSchemaHandler,
+    SerializeAsAny,
+    ValidationError,
+    create_model,
+    field_serializer,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
+from pydantic_core import CoreSchema
+
+from quantkit import strict_yaml
+from quantkit.errors import InputError
+from quantkit.recipe_errors import explain, hint, problem, shown
+from quantkit.recipe_overrides import override
+from quantkit.recipe_scheme import NONE, Part, SchemeSpec
+from quantkit.strict_yaml import KeyPath
+from quantkit.types import Scheme
+
+_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([A-Za-z]+)")
+
+
+class Rule(Part):
+    """A scheme for the layers whose name matches. The first rule that matches a layer decides."""
+
+    match: str = Field(min_length=1, description="A layer's name, a glob (* crosses dots), or re: and a regex.")
+    scheme: SchemeSpec
+
+    @field_validator("match")
+    @classmethod
+    def _valid_regex(cls, value: str) -> str:
+        if value.startswith("re:"):
+            try:
+                re.compile(value[3:])
+            except re.error as error:
+                raise problem("{value} is not a valid regular expression: {why}", value=value, why=str(error)) from None
+        return value
+
+    def matches(self, name: str) -> bool:
+        """Whether this rule speaks of the layer `name`. A regex must match from its start, as in compressed-tensors."""
+        if self.match.startswith("re:"):
+            return re.match(self.match[3:], name) is not None
+        return self.match == name or fnmatch.fnmatchcase(name, self.match)
+
+
+class Method(Part):
+    """`gptq`, or `{gptq: {act_order: static}}`."""
+
+    name: str
+    options: SerializeAsAny[BaseModel]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _spread(cls, value: Any) -> Any:
+        from quantkit import algorithms  # imports torch
+
+        if isinstance(value, Method):
+            return value
+        if isinstance(value, str):
+            value = {value: {}}
+        if not isinstance(value, Mapping) or len(value) != 1:
+            given = ", ".join(map(str, value)) if isinstance(value, Mapping) and value else shown(value)
+            raise problem("expected one method, by name or as a mapping of its options; got {given}", given=given)
+        ((name, given),) = value.items()
+        if name not in algorithms.names():
+            known = ", ".join(algorithms.names())
+            raise problem("unknown method {name}; known: {known}", name=name, known=known)
+        # A model with one field of that name, so that pydantic reports its errors under method.NAME.
+        fields: dict[str, Any] = {name: (algorithms.get(name).Options, ...)}
+        one = create_model("Method", **fields)
+        checked = one.model_validate({name: {} if given is None else given}, strict=True)
+        return {"name": name, "options": getattr(checked, name)}
+
+    @model_serializer
+    def _as_given(self) -> dict[str, Any]:
+        return {self.name: self.options.model_dump(mode="json")}
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        from quantkit import algorithms
+
+        methods = {name: handler(algorithms.get(name).Options.__pydantic_core_schema__) for name in algorithms.names()}
+        one = {"type": "object", "properties": methods, "additionalProperties": False}
+        return {
+            "title": "Method",
+            "description": "Which code each weight gets.",
+            "anyOf": [{"type": "string", "enum": [*methods]}, {**one, "minProperties": 1, "maxProperties": 1}],
+        }
+
+
+class Calibration(Part):
+    """The texts whose activations a method observes. Methods that observe nothing do not read them."""
+
+    data: str = Field(
+        default="builtin:pydocs", min_length=1, description="builtin:NAME, or a .jsonl, .json, .txt file."
+    )
+    samples: int = Field(default=128, ge=1, le=10**6, description="Rows of tokens.")
+    length: int = Field(default=2048, ge=2, le=2**20, description="Tokens a row.")
+    packing: Literal["concat", "document"] = Field(
+        default="concat", description="concat: documents one after another, cut into rows; document: one a row, padded."
+    )
+    batch_size: int = Field(default=8, ge=1, le=2**16, description="Rows that go through a block at once.")
+
+
+class Perplexity(Part):
+    """The held-out texts on which the output is compared with the original."""
+
+    data: str = Field(default="builtin:pydocs-heldout", min_length=1, description="As in calibration; other texts.")
+    windows: int = Field(default=40, ge=1, le=10**6, description="Windows of tokens to compare on.")
+    length: int = Field(default=512, ge=2, le=2**20, description="Tokens a window.")
+
+
+class Gates(Part):
+    """Limits that the output must keep; a gate that is not given is not checked."""
+
+    kl: float | None = Field(default=None, ge=0, description="Largest mean KL divergence, in nats a token.")
+    perplexity_ratio: float | None = Field(
+        default=None, gt=0, description="Largest perplexity, as a multiple of the original's."
+    )
+    top1_agreement: float | None = Field(
+        default=None, ge=0, le=1, description="Smallest share of tokens whose likeliest next token is the original's."
+    )
+
+
+class Validation(Part):
+    """What is measured on the output, reloaded from disk, and what it must reach."""
+
+    perplexity: Perplexity = Perplexity()
+    prompt: str | None = Field(default=None, description="Both models continue this text, to be shown side by side.")
+    gates: Gates = Gates()
+
+
+def _none_is_off(value: Any) -> Any:
+    if value is None:
+        raise problem("expected a mapping, or none to leave validation out; got nothing")
+    return None if value is False or value == NONE else value
+
+
+class Export(Part):
+    """How the output lies on disk."""
+
+    format: str = Field(default="compressed-tensors", description="Checkpoint format: a file of quantkit/formats.")
+    shard_size: str = Field(default="5GB", description="Largest file of weights, such as 500MB, 5GB or 4GiB.")
+
+    @field_validator("format")
+    @classmethod
+    def _known_format(cls, value: str) -> str:
+        from quantkit import formats
+
+        if value not in formats.names():
+            raise problem("unknown format {value}; {hint}", value=value, hint=hint(value, formats.names()))
+        return value
+
+    @field_validator("shard_size")
+    @classmethod
+    def _valid_size(cls, value: str) -> str:
+        if _bytes(value) < 1:
+            raise problem("expected a size such as 500MB, 5GB or 4GiB, got {value}", value=repr(value))
+        return value
+
+    @property
+    def shard_bytes(self) -> int:
+        """`shard_size` in bytes; GB is 10^9, GiB is 2^30."""
+        return _bytes(self.shard_size)
+
+
+def _bytes(size: str) -> int:
+    """Bytes of "5GB"; 0 when it is not a size."""
+    found = _SIZE.fullmatch(size.strip())
+    return int(float(found[1]) * _UNITS.get(found[2].upper(), 0)) if found else 0
+
+
+class Recipe(Part):
+    """A quantkit recipe: which model, which scheme, by which method, checked how, written how."""
+
+    model: str = Field(min_length=1, description="A Hub id, a Hub id@revision, a folder, or builtin:NAME.")
+    trust_remote_code: bool = Field(default=False, description="Run Python code that comes with the model.")
+    scheme: SchemeSpec
+    rules: tuple[Rule, ...] = Field(default=(), strict=False, description="Exceptions to scheme; first match wins.")
+    method: Method = Field(default_factory=lambda: Method.model_validate("gptq"))
+    calibration: Calibration = Calibration()
+    validation: Annotated[
+        Validation | None,
+        BeforeValidator(_none_is_off, json_schema_input_type=Validation | Literal["none", False]),
+    ] = Field(default=Validation(), alias="validate")
+    export: Export = Export()
+
+    @model_validator(mode="after")
+    def _quantizes_something(self) -> Recipe:
+        if all(spec.resolve() is None for spec in (self.scheme, *(rule.scheme for rule in self.rules))):
+            raise problem("nothing would be quantized: scheme and every rule are none")
+        return self
+
+    @field_serializer("validation")
+    def _off_is_none(self, value: Validation | None) -> Any:
+        return NONE if value is None else value.model_dump(mode="json")
+
+    @property
+    def method_name(self) -> str:
+        """Name of the algorithm: `quantkit.algorithms.get` finds it."""
+        return self.method.name
+
+    @property
+    def method_options(self) -> BaseModel:
+        """The algorithm's own `Options`."""
+        return self.method.options
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: Sequence[str] = (), *, model: str | Path | None = None) -> Recipe:
+        """Reads a recipe file. Raises InputError that lists every problem with its line.
+
+        overrides   "path.to.key=value" each, the value as YAML: "calibration.samples=64", "rules.0.scheme=none"
+        model       takes the place of the recipe's `model`
+        """
+        try:
+            text = Path(path).read_bytes().decode("utf-8-sig")
+        except FileNotFoundError:
+            raise InputError(f"{path}: no such recipe file") from None
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read as a recipe: {error.strerror}") from None
+        except UnicodeDecodeError as error:
+            raise InputError(f"{path}: not a text file: byte {error.start} is not UTF-8") from None
+        return cls.parse(text, str(path), overrides, model=model)
+
+    @classmethod
+    def parse(
+        cls, text: str, where: str = "recipe", overrides: Sequence[str] = (), *, model: str | Path | None = None
+    ) -> Recipe:
+        """Reads a recipe from YAML text; `where` names it in errors. Otherwise as `load`."""
+        document = strict_yaml.parse(text, where)
+        return cls._build(document.data, where, document.lines, overrides, model)
+
+    @classmethod
+    def from_any(
+        cls,
+        source: str | Path | Mapping[str, Any] | Recipe,
+        overrides: Sequence[str] = (),
+        *,
+        model: str | Path | None = None,
+    ) -> Recipe:
+        """A recipe from a path, a mapping as YAML would give it, or a recipe. Otherwise as `load`."""
+        if isinstance(source, str | Path):
+            return cls.load(source, overrides, model=model)
+        if isinstance(source, Recipe):
+            source = source.to_dict()
+        return cls._build(source, "recipe", {}, overrides, model)
+
+    @classmethod
+    def _build(
+        cls, data: Any, where: str, lines: dict[KeyPath, int], overrides: Sequence[str], model: str | Path | None
+    ) -> Recipe:
+        if data is None:
+            raise InputError(f"{where}: the recipe is empty; it needs at least model and scheme")
+        if not isinstance(data, Mapping):
+            raise InputError(f"{where}: expected a mapping such as `scheme: W4A16`, got {shown(data)}")
+        tree = copy.deepcopy(dict(data))
+        lines = dict(lines)
+        sets: dict[KeyPath, str] = {}
+        for item in overrides:
+            override(tree, item, lines, sets)
+        if model is not None:
+            tree["model"], sets[("model",)] = str(model), f"--model {model}"
+        try:
+            return cls.model_validate(tree)
+        except ValidationError as error:
+            raise explain(error, json_schema(), where, lines, sets) from None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The resolved recipe as plain values: every default explicit, keys in the order of this class."""
+        return self.model_dump(mode="json", by_alias=True)
+
+    def to_yaml(self) -> str:
+        """The resolved recipe as YAML; `parse` reads it back as an equal recipe."""
+        return strict_yaml.dump(self.to_dict())
+
+    def assign(self, names: Sequence[str]) -> tuple[dict[str, Scheme | None], list[Rule]]:
+        """Decides the scheme of each layer.
+
+        names   module names on disk, such as "model.layers.0.self_attn.q_proj"
+        Returns a scheme a name (None: left dense) and the rules that matched no name. A layer called lm_head is left
+        dense unless a rule matches it.
+        """
+        chosen: dict[str, Scheme | None] = {}
+        silent = list(self.rules)
+        for name in names:
+            matching = [rule for rule in self.rules if rule.matches(name)]
+            silent = [rule for rule in silent if rule not in matching]
+            if matching:
+                chosen[name] = matching[0].scheme.resolve()
+            else:
+                chosen[name] = None if name.rpartition(".")[2] == "lm_head" else self.scheme.resolve()
+        return chosen, silent
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON schema (2020-12) of a recipe, the options of every method included; for editors."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Recipe.model_json_schema(by_alias=True)}

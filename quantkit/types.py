@@ -1,0 +1,165 @@
+"""The vocabulary: what a scheme, a code, a scale and a statistic are.
+
+One legend for shapes, carried by names: M tokens, N out_features, K in_features, G groups of columns.
+A weight `w_NK` is laid out like `torch.nn.Linear.weight`: one row an output, groups along the row.
+
+    w_NK  ->  codes_NK, scale_NG (, zero_NG, global_scale)  ->  (codes - zero) * scale
+
+Number format, algorithm, checkpoint format and kernel are four separate things that only share these types.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+if TYPE_CHECKING:
+    import torch
+    from pydantic import BaseModel
+
+Strategy = Literal["tensor", "channel", "group", "block", "token"]
+
+
+@dataclass(frozen=True)
+class TensorScheme:
+    """How one tensor (a weight, or an activation) is quantized.
+
+    number      name of the number format, listed in `NUMBERS` of one file of quantkit/numerics: "int4", "fp8_e4m3"
+    strategy    how much shares one scale: the tensor, a row ("channel"), `group_size` columns of a row ("group"),
+                a `block_shape` tile ("block"), or, for activations, a token's row ("token")
+    symmetric   False: each scale has a zero point
+    dynamic     activations only: True when the engine computes the scale at run time
+    """
+
+    number: str
+    strategy: Strategy = "channel"
+    group_size: int | None = None
+    symmetric: bool = True
+    dynamic: bool = False
+    block_shape: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """What a linear layer stores and computes with. `activations` is None when they stay in the model's dtype."""
+
+    weights: TensorScheme
+    activations: TensorScheme | None = None
+
+
+@dataclass(frozen=True)
+class QParams:
+    """Scales and zero points, in the dtypes in which they are stored.
+
+    scale_NG      (N, G) for groups, (N, 1) per channel, (1, 1) per tensor, (ceil(N/bn), ceil(K/bk)) for blocks
+    zero_NG       int8, same shape as `scale_NG`, on the signed axis of the codes; None when symmetric
+    global_scale  float32 (1,), divides the group scales (NVFP4); None elsewhere
+    """
+
+    scale_NG: torch.Tensor
+    zero_NG: torch.Tensor | None = None
+    global_scale: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class QuantizedTensor:
+    """A weight as codes, one element a code (unpacked). It is rounded once; packing and decoding only read it.
+
+    codes_NK  (N, K); integers are signed, in [-2^(b-1), 2^(b-1)-1], as int8, also when the scheme is asymmetric
+    """
+
+    codes_NK: torch.Tensor
+    qparams: QParams
+    scheme: TensorScheme
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        n, k = self.codes_NK.shape
+        return n, k
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What was observed of one linear's input over the calibration tokens (padding left out).
+
+    tokens      how many rows went in
+    gram_KK     (K, K) float32, the mean of x xᵀ (GPTQ's Hessian up to a factor); None if nothing asked for it
+    absmax_K    (K,) float32, the largest |x| of each channel; None if nothing asked for it
+    """
+
+    tokens: int
+    gram_KK: torch.Tensor | None = None
+    absmax_K: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Shape and dtype of a tensor that is, or will be, in a checkpoint. `dtype` is a safetensors name such as "BF16"."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass
+class Notes:
+    """What a user must be told about one layer: a damping that was raised, a dead column. Never silent."""
+
+    lines: list[str] = field(default_factory=list)
+
+    def add(self, line: str) -> None:
+        self.lines.append(line)
+
+
+class NumberFormat(Protocol):
+    """A file of quantkit/numerics: what a code means."""
+
+    NUMBERS: tuple[str, ...]
+
+    def qparams(
+        self,
+        w_NK: torch.Tensor,
+        scheme: TensorScheme,
+        *,
+        scale_dtype: torch.dtype,
+        search: str = "absmax",
+        importance_K: torch.Tensor | None = None,
+    ) -> QParams: ...
+
+    def encode(self, w_NK: torch.Tensor, qparams: QParams, scheme: TensorScheme) -> torch.Tensor: ...
+
+    def decode(self, codes_NK: torch.Tensor, qparams: QParams, scheme: TensorScheme) -> torch.Tensor: ...
+
+
+class Algorithm(Protocol):
+    """A file of quantkit/algorithms: which code each weight gets. Its name is `method:` in a recipe.
+
+    NEEDS    the fields of Stats that it reads, such as {"gram"}
+    Options  pydantic model of its options in a recipe
+    """
+
+    NEEDS: frozenset[str]
+    Options: type[BaseModel]
+
+    def quantize(
+        self,
+        w_NK: torch.Tensor,
+        scheme: TensorScheme,
+        stats: Stats | None,
+        *,
+        options: Any,
+        scale_dtype: torch.dtype,
+        notes: Notes,
+    ) -> QuantizedTensor: ...
+
+
+class Format(Protocol):
+    """A file of quantkit/formats: how codes lie in a file. Its name is `export.format` in a recipe, with dashes."""
+
+    def tensors(self, shape: tuple[int, int], scheme: Scheme, dtype: str) -> dict[str, TensorSpec]: ...
+
+    def pack(self, q: QuantizedTensor, activations: TensorScheme | None = None) -> dict[str, torch.Tensor]: ...
+
+    def unpack(self, tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> QuantizedTensor: ...
+
+    def config(self, schemes: Mapping[str, Scheme | None]) -> dict[str, Any]: ...

@@ -1,0 +1,148 @@
+"""GPTQ against brute force in float64, and its behaviour on bad Hessians."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from quantkit import numerics
+from quantkit.algorithms import gptq, rtn
+from quantkit.errors import InputError
+from quantkit.types import Notes, QuantizedTensor, Stats, TensorScheme
+
+
+def layer(n: int, k: int, tokens: int, seed: int = 0) -> tuple[torch.Tensor, Stats]:
+    """A weight and the second moments of inputs with a steep spectrum and a few loud channels."""
+    g = torch.Generator().manual_seed(seed)
+    mix = torch.randn(k, k, generator=g) * torch.linspace(1, 0.05, k)
+    x = torch.randn(tokens, k, generator=g) @ mix
+    x[:, :2] *= 6
+    w = torch.randn(n, k, generator=g) * 0.05
+    return w, Stats(tokens, (x.T @ x) / tokens)
+
+
+def output_error(w: torch.Tensor, q: QuantizedTensor, stats: Stats) -> float:
+    assert stats.gram_KK is not None
+    d = w.double() - numerics.dequantize(q).double()
+    return float(((d @ stats.gram_KK.double()) * d).sum())
+
+
+def textbook_gptq(w, scale, hessian, low, high, order, zero=None):
+    """The inverse form of the paper, one column at a time, float64: remove a column, correct the rest."""
+    w = w.double().clone()
+    scale = scale.double()
+    zero = torch.zeros_like(scale) if zero is None else zero.double()
+    left = list(order)
+    codes = torch.zeros_like(w)
+    margin = torch.full_like(w, 9.0)  # distance of w/scale from the nearest rounding boundary
+    while left:
+        inverse = torch.linalg.inv(hessian[left][:, left])
+        j = left[0]
+        x = w[:, j] / scale[:, j] + zero[:, j]
+        codes[:, j] = x.round().clamp(low, high)
+        margin[:, j] = (x - x.floor() - 0.5).abs()
+        error = (w[:, j] - (codes[:, j] - zero[:, j]) * scale[:, j]) / inverse[0, 0]
+        w[:, left] -= error[:, None] * inverse[0]
+        left = left[1:]
+    return codes, margin
+
+
+@pytest.mark.parametrize("act_order", ["none", "static"])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(("number", "block_size"), [("int4", 128), ("int3", 7), ("int8", 16)])
+def test_codes_equal_the_textbook_form_in_float64(act_order, symmetric, number, block_size):
+    w, stats = layer(24, 48, 400)
+    scheme = TensorScheme(number, "group", 16, symmetric)
+    options = gptq.Options(act_order=act_order, block_size=block_size)
+    q = gptq.quantize(w, scheme, stats, options=options, scale_dtype=torch.float32, notes=Notes())
+    hessian = stats.gram_KK.double()
+    order = torch.argsort(hessian.diagonal(), descending=True).tolist() if act_order == "static" else range(48)
+    hessian += 0.01 * hessian.diagonal().mean() * torch.eye(48)
+    fine = numerics.expand(q.qparams, scheme, w.shape)
+    half = 1 << (int(number[3:]) - 1)
+    codes, margin = textbook_gptq(w, fine.scale_NG, hessian, -half, half - 1, order, fine.zero_NG)
+    wrong = codes != q.codes_NK
+    # A tie may fall either way in float32; after it, the rest of that row sees another error.
+    for row in wrong.any(1).nonzero().flatten().tolist():
+        first = next(j for j in order if wrong[row, j])
+        assert margin[row, first] < 1e-3, (row, first, float(margin[row, first]))
+    assert wrong.any(1).float().mean() <= 0.1
+
+
+def test_close_to_the_best_of_all_roundings():
+    """2 rows of 5 columns at 2 bits: every rounding is tried. GPTQ is greedy, but must beat RTN and come near."""
+    w, stats = layer(12, 5, 60, seed=3)
+    scheme = TensorScheme("int2", "channel")
+    q = gptq.quantize(w, scheme, stats, options=gptq.Options(), scale_dtype=torch.float32, notes=Notes())
+    grid = torch.tensor(list(itertools.product(range(-2, 2), repeat=5)), dtype=torch.float64)
+    scale = q.qparams.scale_NG.double()
+    d = w.double()[:, None] - grid[None] * scale[:, None]
+    best = ((d @ stats.gram_KK.double()) * d).sum(-1).min(1).values.sum()
+    nearest = output_error(w, numerics.quantize(w, q.qparams, scheme), stats)
+    found = output_error(w, q, stats)
+    assert best <= found <= nearest
+    assert found <= 1.5 * best
+
+
+def test_searched_scales_help_and_the_stored_scale_is_the_judged_one():
+    w, stats = layer(32, 128, 2000)
+    scheme = TensorScheme("int4", "group", 64)
+    errors = {}
+    for search in ("absmax", "mse", "diagh"):
+        options = gptq.Options(scale_search=search)
+        q = gptq.quantize(w, scheme, stats, options=options, scale_dtype=torch.bfloat16, notes=Notes())
+        assert q.qparams.scale_NG.dtype == torch.bfloat16
+        errors[search] = output_error(w, q, stats)
+    nearest = rtn.quantize(w, scheme, None, options=rtn.Options(), scale_dtype=torch.bfloat16, notes=Notes())
+    assert errors["diagh"] < errors["mse"] < errors["absmax"] < output_error(w, nearest, stats)
+
+
+def test_stacked_rows_get_the_codes_they_get_alone():
+    w, stats = layer(40, 64, 500)
+    scheme = TensorScheme("int4", "group", 32, symmetric=False)
+
+    def run(part):
+        return gptq.quantize(
+            part, scheme, stats, options=gptq.Options(), scale_dtype=torch.float32, notes=Notes()
+        ).codes_NK
+
+    assert torch.equal(run(w), torch.cat([run(w[:16]), run(w[16:])]))
+
+
+def test_dead_channels_are_rounded_and_told():
+    w, stats = layer(8, 32, 300)
+    assert stats.gram_KK is not None
+    stats.gram_KK[5] = 0
+    stats.gram_KK[:, 5] = 0
+    notes = Notes()
+    scheme = TensorScheme("int4", "group", 32)
+    q = gptq.quantize(w, scheme, stats, options=gptq.Options(), scale_dtype=torch.float32, notes=notes)
+    assert torch.equal(q.codes_NK[:, 5], numerics.quantize(w, q.qparams, scheme).codes_NK[:, 5])
+    assert any("1 of 32 input channels" in line for line in notes.lines)
+
+
+def test_a_hessian_that_cannot_be_factored_climbs_the_ladder_aloud():
+    w, stats = layer(8, 32, 300)
+    assert stats.gram_KK is not None
+    indefinite = stats.gram_KK - 0.3 * stats.gram_KK.diagonal().mean() * torch.eye(32)
+    indefinite.diagonal().clamp_(min=1e-3)
+    notes = Notes()
+    scheme = TensorScheme("int4", "group", 32)
+    gptq.quantize(w, scheme, Stats(1, indefinite), options=gptq.Options(), scale_dtype=torch.float32, notes=notes)
+    assert any("not positive definite" in line and "dampening" in line for line in notes.lines)
+    notes = Notes()
+    hopeless = torch.full((32, 32), 1e4).fill_diagonal_(1.0)
+    q = gptq.quantize(w, scheme, Stats(1, hopeless), options=gptq.Options(), scale_dtype=torch.float32, notes=notes)
+    assert any("rounded to nearest" in line for line in notes.lines)
+    assert torch.equal(q.codes_NK, numerics.quantize(w, q.qparams, scheme).codes_NK)
+
+
+def test_missing_or_broken_statistics_are_refused():
+    w, stats = layer(4, 8, 100)
+    scheme = TensorScheme("int4", "channel")
+    kwargs = dict(options=gptq.Options(), scale_dtype=torch.float32, notes=Notes())
+    with pytest.raises(InputError, match="needs calibration data"):
+        gptq.quantize(w, scheme, None, **kwargs)
+    with pytest.raises(InputError, match="NaN or Inf"):
+        gptq.quantize(w, scheme, Stats(1, torch.full((8, 8), float("nan"))), **kwargs)
