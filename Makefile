@@ -27,7 +27,7 @@ $(SETUP): pyproject.toml constraints.txt
 	  || { echo "make: $(PYTHON) is older than Python 3.10; name a newer one: make PYTHON=python3.12 ..."; exit 4; }
 	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(MAKE) --no-print-directory venv
 	$(PIP) install -c constraints.txt torch setuptools
-	$(PIP) install -c constraints.txt --no-build-isolation -e '.[dev]'
+	$(PIP) install --quiet -c constraints.txt --no-build-isolation -e '.[dev]'
 	@touch $@
 
 # Debian leaves ensurepip out of python3: there the system's pip installs a pip into the empty environment.

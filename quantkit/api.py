@@ -1,23 +1,19 @@
 """What a user calls: quantize a model by a recipe, validate an output, load one. The command line calls the same.
 
-    result = quantkit.quantize("recipe.yaml", model="org/name", out="name-W4A16")
-    model = quantkit.load(result.out)
+result = quantkit.quantize("recipe.yaml", model="org/name", out="name-W4A16")
+model = quantkit.load(result.out)
 """
 
 from __future__ import annotations
 
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
-from quantkit_eval import gate
-from quantkit_eval.compare import Comparison, compare
-from quantkit_eval.generate import continuation
-from quantkit_eval.windows import heldout_windows
 from transformers import AutoModelForCausalLM
 
 from quantkit import calibration, hub, output, pipeline
@@ -27,6 +23,10 @@ from quantkit.progress import Progress, Silent
 from quantkit.recipe import Perplexity, Recipe
 from quantkit.recipe import Validation as Settings
 from quantkit.runtime import plugin
+from quantkit_eval import gate
+from quantkit_eval.compare import Comparison, compare
+from quantkit_eval.generate import continuation
+from quantkit_eval.windows import heldout_windows
 
 VALIDATED, FAILED, UNVALIDATED = "validated", "failed", "unvalidated"
 SAMPLE_TOKENS = 48
@@ -51,7 +51,7 @@ class Validation:
             "status": self.status,
             "message": self.message,
             "comparison": self.comparison.to_dict(),
-            "gates": [g.to_dict() for g in self.gates],
+            "gates": [asdict(g) for g in self.gates],
             "samples": self.samples,
         }
 
@@ -134,23 +134,19 @@ def validate(
         raise InputError(f"{folder}: holds no {output.RECIPE}, so name the original model with --against")
     settings = (recipe.validation if recipe is not None else None) or Settings()
     texts = settings.perplexity
-    texts = Perplexity(
-        data=data or texts.data, windows=windows or texts.windows, length=length or texts.length
-    )
+    texts = Perplexity(data=data or texts.data, windows=windows or texts.windows, length=length or texts.length)
     settings = settings.model_copy(update={"perplexity": texts})
     source = hub.resolve(str(against) if against is not None else recipe.model if recipe else "")
     if ours and source.fingerprint() != summary["source"]["fingerprint"]:
         raise InputError(
-            f"{source.folder}: is not the model that {folder} was made from (fingerprint "
-            f"{source.fingerprint()[:12]}, expected {summary['source']['fingerprint'][:12]}); give the right one with --against"
+            f"{source.folder}: is not the model that {folder} was made from (fingerprint {source.fingerprint()[:12]}, "
+            f"expected {summary['source']['fingerprint'][:12]}); name the right one with --against"
         )
     result = _validate(
         folder, source, settings, pick_device(device), progress or Silent(), summary.get("layers", []), recipe, gates
     )
     if ours:
-        output.write_json(
-            folder / output.SUMMARY, {**summary, "status": result.status, "validation": result.to_dict()}
-        )
+        output.write_json(folder / output.SUMMARY, {**summary, "status": result.status, "validation": result.to_dict()})
     return result
 
 
@@ -177,7 +173,7 @@ def pick_device(device: str) -> torch.device:
 
 
 def default_name(plan: planning.Plan) -> str:
-    """Name of the output folder when none is given: pydocs-llama-7m-W4A16, with the group size if it is not the usual."""
+    """Name of the output folder when none is given: pydocs-llama-7m-W4A16."""
     return f"{plan.source.name}-{plan.recipe.scheme.label}"
 
 

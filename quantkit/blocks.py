@@ -67,7 +67,7 @@ def find(skeleton: Skeleton) -> Structure:
     return Structure(tuple(found), outside, warnings)
 
 
-def _block_list(model: nn.Module) -> tuple[str, nn.ModuleList] | None:
+def _block_list(model: Any) -> tuple[str, nn.ModuleList] | None:
     """The list of alike modules that holds the most weights of linears; the text model's own length comes first."""
     depth = getattr(model.config.get_text_config(), "num_hidden_layers", None)
     best: tuple[tuple[bool, int], str, nn.ModuleList] | None = None
@@ -125,7 +125,6 @@ def watched(model: nn.Module, names: list[str], see: Callable[[str, torch.Tensor
             handle.remove()
 
 
-
 class _Stop(Exception):
     """Ends the forward after the last block: what comes after it is not needed."""
 
@@ -177,8 +176,8 @@ def begin(skeleton: Skeleton, structure: Structure, batches: list[tuple[torch.Te
     out: list[Batch] = []
     kept: list[torch.Tensor] = []
     for ids, mask in batches:
-        stand_ins = nn.ModuleList([_StandIn(block, i == last) for i, block in enumerate(blocks)])
-        setattr(parent, leaf, stand_ins)
+        stand_ins = [_StandIn(block, i == last) for i, block in enumerate(blocks)]
+        setattr(parent, leaf, nn.ModuleList(stand_ins))
         try:
             model(input_ids=ids, use_cache=False)
         except _Stop:
@@ -189,11 +188,13 @@ def begin(skeleton: Skeleton, structure: Structure, batches: list[tuple[torch.Te
         calls = []
         for i, stand_in in enumerate(stand_ins):
             if stand_in.call is None:
-                raise InputError(f"{structure.blocks[i].name} was not run by the model's forward; it cannot be calibrated")
+                raise InputError(
+                    f"{structure.blocks[i].name} was not run by the model's forward; it cannot be calibrated"
+                )
             _, args, kwargs = stand_in.call
             calls.append((_keep(args, kept, same), _keep(kwargs, kept, same)))
-        first = stand_ins[0].call[0]
-        out.append(Batch(first, mask, calls))
+        assert stand_ins[0].call is not None
+        out.append(Batch(stand_ins[0].call[0], mask, calls))
     return out
 
 

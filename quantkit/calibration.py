@@ -46,7 +46,9 @@ def load_texts(source: str) -> list[str]:
     if source.startswith(BUILTIN):
         name = source.removeprefix(BUILTIN)
         if name not in BUILTIN_TEXTS:
-            raise InputError(f"no built-in text is named {source!r}; known: {', '.join(BUILTIN + n for n in BUILTIN_TEXTS)}")
+            raise InputError(
+                f"no built-in text is named {source!r}; known: {', '.join(BUILTIN + n for n in BUILTIN_TEXTS)}"
+            )
         file = ASSETS / "text" / BUILTIN_TEXTS[name]
     else:
         file = Path(source).expanduser()
@@ -128,7 +130,9 @@ def pack_rows(
             masks.append(length)
             stream = stream[length:]
     if not rows:
-        raise InputError(f"the text has {tokens} tokens, less than one row of {length}; give more text or a smaller length")
+        raise InputError(
+            f"the text has {tokens} tokens, less than one row of {length}; give more text or a smaller length"
+        )
     lengths = torch.tensor(masks)
     mask_RL = torch.arange(length)[None] < lengths[:, None]
     report = {

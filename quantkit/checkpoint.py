@@ -230,7 +230,7 @@ class ShardWriter:
             except OSError as e:
                 self.abort()
                 raise MissingError(
-                    f"{folder}: no room for the output, {sum(ends.values()):,} bytes ({e.strerror}); free some or use --out"
+                    f"{folder}: no room for the output, {sum(ends.values()):,} bytes ({e.strerror}); free some"
                 ) from None
             os.pwrite(handle, header, 0)
 
@@ -242,7 +242,8 @@ class ShardWriter:
         if name not in self._left:
             raise ValueError(f"{name} is written twice")
         place = self._places[name]
-        data = memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        data = memoryview(raw)  # type: ignore[arg-type]
         offset = place.begin
         while data:
             count = os.pwrite(self._files[place.shard], data, offset)

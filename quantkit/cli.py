@@ -16,6 +16,7 @@ import traceback
 from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
 import typer
@@ -111,6 +112,16 @@ def _unplanned(error: Exception) -> tuple[int, str]:
     return 1, f"this is a bug in quantkit: {type(error).__name__}: {text}; {hint}"
 
 
+def _api() -> ModuleType:
+    """quantkit.api, with transformers' own bars off: they would cross ours, and say less."""
+    from transformers.utils import logging
+
+    from quantkit import api
+
+    logging.disable_progress_bar()
+    return api
+
+
 def _version(wanted: bool) -> None:
     if wanted:
         print(f"quantkit {__version__}")
@@ -141,9 +152,10 @@ def quantize(
 
     # Read before the rest is imported, so that a mistake in it is told at once.
     resolved = Recipe.load(recipe, sets or (), model=model)
-    from quantkit import api, report
+    from quantkit import report
     from quantkit.progress import Progress
 
+    api = _api()
     with Progress.for_terminal() as progress:
         result = api.quantize(resolved, out=out, device=device.value, overwrite=overwrite, progress=progress)
     report.print_result(result.summary, str(result.out))
@@ -165,9 +177,10 @@ def validate(
 ) -> None:
     """Measure a quantized checkpoint against its original, and check its gates."""
     gates = _gates(gate) if gate else None
-    from quantkit import api, report
+    from quantkit import report
     from quantkit.progress import Progress
 
+    api = _api()
     with Progress.for_terminal() as progress:
         validation = api.validate(
             folder,

@@ -20,7 +20,7 @@ REQUIRED = {
     "huggingface-hub": "1.5",
     "numpy": "2.0",
     "pydantic": "2.10",
-    "typer": "0.15",
+    "typer": "0.16",
     "rich": "13.9",
     "pyyaml": "6.0.2",
 }

@@ -58,7 +58,9 @@ def resolve(model: str) -> Source:
         return Source(model, folder)
     name, _, revision = model.partition("@")
     if folder.exists() or not REPO_ID.fullmatch(name) or name.startswith("."):
-        raise InputError(f"model {model!r} is neither a folder on this machine nor a Hub id (org/name or org/name@revision)")
+        raise InputError(
+            f"model {model!r} is neither a folder on this machine nor a Hub id (org/name or org/name@revision)"
+        )
     return _download(model, name, revision or None)
 
 
@@ -89,15 +91,16 @@ def _download(model: str, name: str, revision: str | None) -> Source:
     except HFValidationError as e:
         raise InputError(f"model {name!r} is not a Hub id: {e}") from None
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as e:
-        raise MissingError(
-            f"{name}: no such folder, and the Hub could not be asked ({type(e).__name__}: {str(e).splitlines()[0][:200]})"
-        ) from None
+        why = f"{type(e).__name__}: {(str(e).splitlines() or [''])[0][:200]}"
+        raise MissingError(f"{name}: no such folder, and the Hub could not be asked ({why})") from None
     if not (folder / "config.json").is_file():
         raise InputError(f"{name} on the Hub has no config.json, so it is not a transformers model")
     if not list(folder.glob("*.safetensors")):
         files = HfApi().list_repo_files(name, revision=revision)
         pickles = [f for f in files if f.endswith((".bin", ".pt", ".pth"))]
-        why = f"its weights are pickles ({', '.join(pickles[:2])}), which are refused" if pickles else "it has no weights"
+        why = (
+            f"its weights are pickles ({', '.join(pickles[:2])}), which are refused" if pickles else "it has no weights"
+        )
         raise InputError(f"{name} on the Hub has no safetensors: {why}")
     return Source(model, folder, folder.name)
 

@@ -9,6 +9,7 @@ from quantkit import blocks, formats, hub, output, skeleton
 from quantkit.checkpoint import Checkpoint, nbytes
 from quantkit.errors import InputError
 from quantkit.plan import short
+from quantkit.types import Scheme
 
 
 def inspect(path: str) -> dict[str, Any]:
@@ -22,10 +23,13 @@ def inspect(path: str) -> dict[str, Any]:
     checkpoint = Checkpoint.open(source.folder)
     facts: list[tuple[str, str]] = [
         ("model", ", ".join(config.get("architectures") or [str(config.get("model_type", "?"))])),
-        ("size", f"{checkpoint.size():,} bytes in {len(checkpoint.specs)} tensors, {len(set(checkpoint.where.values()))} files"),
+        (
+            "size",
+            f"{checkpoint.size():,} bytes in {len(checkpoint.specs)} tensors",
+        ),
     ]
-    quantization = config.get("quantization_config")
-    if isinstance(quantization, dict):
+    quantization = formats.quantization_config(config)
+    if quantization is not None:
         return _quantized(source, checkpoint, quantization, facts)
     return _original(source, checkpoint, facts)
 
@@ -72,7 +76,7 @@ def _quantized(
         raise InputError(f"{source.folder}: is quantized by {method!r}; inspect knows {', '.join(formats.names())}")
     config = formats.get(method).read_config(quantization)
     if config.unsupported:
-        warnings.append(f"quantkit cannot hold this checkpoint packed: {config.unsupported}")
+        warnings.append(f"quantkit cannot read this checkpoint: {config.unsupported}")
     rows = []
     for name in sorted(checkpoint.specs, key=_natural):
         layer, _, leaf = name.rpartition(".")
@@ -80,8 +84,9 @@ def _quantized(
             continue
         parts = [n for n in checkpoint.specs if n.startswith(layer + ".weight")]
         size = sum(nbytes(checkpoint.specs[n]) for n in parts)
-        n, k = _dense_shape(checkpoint, layer, leaf)
-        scheme = None if config.unsupported or leaf == "weight" else config.scheme_for(layer)
+        dense = leaf == "weight" and f"{layer}.weight_scale" not in checkpoint.specs
+        scheme = None if config.unsupported or dense else config.scheme_for(layer)
+        n, k = _dense_shape(checkpoint, layer, leaf, scheme)
         what = short(scheme) if scheme else (checkpoint.specs[name].dtype if leaf == "weight" else "packed")
         error = f"{errors[layer]:.2e}" if layer in errors else ""
         rows.append([layer, f"{n} x {k}", what, f"{8 * size / (n * k):.3f}", f"{size:,}", error])
@@ -89,11 +94,14 @@ def _quantized(
     return {"title": source.model, "facts": facts, "table": {"columns": columns, "rows": rows}, "warnings": warnings}
 
 
-def _dense_shape(checkpoint: Checkpoint, layer: str, leaf: str) -> tuple[int, int]:
+def _dense_shape(checkpoint: Checkpoint, layer: str, leaf: str, scheme: Scheme | None) -> tuple[int, int]:
     shape_name = f"{layer}.weight_shape"
     if leaf == "weight_packed" and shape_name in checkpoint.specs:
         n, k = checkpoint.read(shape_name).tolist()
         return int(n), int(k)
+    if leaf == "weight_packed" and scheme is not None and scheme.weights.group_size is not None:
+        n, groups = checkpoint.specs[f"{layer}.weight_scale"].shape
+        return n, groups * scheme.weights.group_size
     n, k = checkpoint.specs[f"{layer}.{leaf}"].shape
     return n, k
 

@@ -1,8 +1,8 @@
 """The output folder: built beside its final place under another name, and moved there only when it is whole.
 
-    OUT           absent, empty, or the finished output of an earlier run of the same recipe (or `overwrite`)
-    .OUT.partial  where the work happens; removed when the run fails or is interrupted; a leftover of a killed run is
-                  known by its lock file and replaced, anything else of that name is refused
+OUT           absent, empty, or the finished output of an earlier run of the same recipe (or `overwrite`)
+.OUT.partial  where the work happens; removed when the run fails or is interrupted; a leftover of a killed run is
+              known by its lock file and replaced, anything else of that name is refused
 """
 
 from __future__ import annotations
@@ -40,7 +40,9 @@ def check(out: Path, source: Path, recipe_yaml: str, *, overwrite: bool) -> None
         return
     recipe = out / RECIPE
     if not recipe.is_file() or recipe.read_text("utf-8") != recipe_yaml:
-        raise InputError(f"{out}: holds the result of another recipe; choose another --out, or --overwrite to replace it")
+        raise InputError(
+            f"{out}: holds the result of another recipe; choose another --out, or --overwrite to replace it"
+        )
 
 
 @contextmanager
@@ -77,7 +79,9 @@ def _acquire(folder: Path) -> int:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         os.close(handle)
-        raise InputError(f"{folder}: another run is writing this output; wait for it, or choose another --out") from None
+        raise InputError(
+            f"{folder}: another run is writing this output; wait for it, or choose another --out"
+        ) from None
     for path in folder.iterdir():
         if path.name != LOCK:
             shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -27,10 +27,10 @@ from quantkit import algorithms, blocks, calibration, formats, numerics
 from quantkit.checkpoint import DTYPES, ShardWriter, is_other_weights, nbytes, other_files
 from quantkit.errors import InputError
 from quantkit.hub import read_json
-from quantkit.plan import Linear, Plan, outside, tokenizer
+from quantkit.plan import Linear, Plan, outside, short, tokenizer
 from quantkit.progress import Progress
 from quantkit.stats import Observer
-from quantkit.types import Notes, QParams, QuantizedTensor, Stats
+from quantkit.types import Notes, QParams, QuantizedTensor, Scheme, Stats, TensorScheme
 
 CONFIG = "config.json"
 
@@ -99,7 +99,9 @@ def _rows(plan: Plan, progress: Progress) -> calibration.Rows | None:
             f"{plan.source.folder}: the tokenizer gives token {int(rows.ids_RL.max())}, but the model has only "
             f"{vocabulary} embeddings; they do not belong together"
         )
-    progress.say(f"calibration: {report['tokens']:,} tokens in {report['rows']} rows of {wanted.length} from {wanted.data}")
+    progress.say(
+        f"calibration: {report['tokens']:,} tokens in {report['rows']} rows of {wanted.length} from {wanted.data}"
+    )
     widest = max(x.shape[1] for x in plan.quantized)
     if report["tokens"] < 4 * widest:
         progress.warn(
@@ -141,11 +143,12 @@ def _block(run: Run, block: blocks.Block, batches: list[blocks.Batch]) -> None:
     ghost.load(names, run.device, run.dtype)
     module = ghost.model.get_submodule(block.name)
     observers = _observe(run, block, module, batches)
-    packed = set()
+    packed: set[str] = set()
     for k, group in enumerate(block.groups, 1):
         run.progress.doing(f"quantize {k}/{len(block.groups)}")
         for alike in _by_scheme([linears[m] for m in group if linears[m].scheme is not None]):
-            stats = observers[alike[0].module].result() if observers else None
+            observer = observers.get(alike[0].module)
+            stats = None if observer is None else observer.result()
             _solve(run, alike, stats)
             packed.update(f"{x.module}.weight" for x in alike)
         for m in group:
@@ -161,38 +164,56 @@ def _block(run: Run, block: blocks.Block, batches: list[blocks.Batch]) -> None:
     ghost.unload(names)
 
 
-def _observe(
-    run: Run, block: blocks.Block, module: nn.Module, batches: list[blocks.Batch]
-) -> dict[str, Observer]:
+def _observe(run: Run, block: blocks.Block, module: nn.Module, batches: list[blocks.Batch]) -> dict[str, Observer]:
     """Runs the block over all batches; one observer for each distinct input, under the name of each linear of it."""
     needs = algorithms.get(run.plan.recipe.method_name).NEEDS
-    if not batches or not needs:
-        return {}
-    run.progress.doing("observe")
     linears = run.plan.linears
     shared: dict[str, Observer] = {}
     first: dict[str, Observer] = {}
-    for group in block.groups:
-        if any(linears[m].scheme for m in group):
-            observer = Observer(needs, linears[group[0]].shape[1], run.device)
+    for group in block.groups if batches else ():
+        schemes = [s for m in group if (s := linears[m].scheme) is not None]
+        wanted = needs | ({"absmax"} if any(s.calibrates_input for s in schemes) else frozenset())
+        if schemes and wanted:
+            observer = Observer(wanted, linears[group[0]].shape[1], run.device)
             first[group[0]] = observer
             shared.update(dict.fromkeys(group, observer))
+    if not first:
+        return {}
+    run.progress.doing("observe")
     for batch in batches:
-        with blocks.watched(run.plan.skeleton.model, list(first), lambda m, x, b=batch: first[m].update(x, b.mask)):  # type: ignore[misc]
+
+        def see(name: str, x: torch.Tensor, mask: torch.Tensor = batch.mask) -> None:
+            first[name].update(x, mask)
+
+        with blocks.watched(run.plan.skeleton.model, list(first), see):
             blocks.run(module, batch, block.index)
     return shared
 
 
 def _by_scheme(group: Sequence[Linear]) -> list[list[Linear]]:
-    """Layers that can be solved together: those with one scheme and one dtype."""
+    """Layers that can be solved together: those with one scheme and one dtype.
+
+    They then share scales of the whole tensor, as engines that fuse them want it. A tile of rows must not reach from
+    one layer into the next: layers whose rows are no multiple of it are solved alone.
+    """
     alike: dict[tuple[Any, str], list[Linear]] = {}
     for layer in group:
         alike.setdefault((layer.scheme, layer.dtype), []).append(layer)
-    return list(alike.values())
+    found: list[list[Linear]] = []
+    for layers in alike.values():
+        tile = _tile(layers[0].scheme.weights) if layers[0].scheme else 1
+        straddles = any(x.shape[0] % tile for x in layers[:-1])
+        found += [[x] for x in layers] if straddles else [layers]
+    return found
+
+
+def _tile(scheme: TensorScheme) -> int:
+    """Rows of a weight that share their scales."""
+    return scheme.block_shape[0] if scheme.strategy == "block" and scheme.block_shape else 1
 
 
 def _solve(run: Run, layers: list[Linear], stats: Stats | None) -> None:
-    """Quantizes linears with one input and one scheme as one stacked weight, writes them, puts the decoded ones in place."""
+    """Quantizes linears of one input and scheme as one stacked weight; writes them, puts the decoded ones in place."""
     recipe, model = run.plan.recipe, run.plan.skeleton.model
     scheme = layers[0].scheme
     assert scheme is not None
@@ -208,24 +229,40 @@ def _solve(run: Run, layers: list[Linear], stats: Stats | None) -> None:
             scale_dtype=DTYPES[layers[0].dtype],
             notes=notes,
         )
+        inputs = _input_scales(scheme, stats, DTYPES[layers[0].dtype])
     except InputError as e:
         raise InputError(f"{', '.join(x.name for x in layers)}: {e}") from None
     for layer, weight, part in zip(layers, weights, _split(q, [x.shape[0] for x in layers]), strict=True):
         decoded = numerics.dequantize(part)
         _record(run, layer, weight, decoded, stats, notes)
-        for suffix, tensor in formats.get(recipe.export.format).pack(part, scheme.activations).items():
+        for suffix, tensor in formats.get(recipe.export.format).pack(part, scheme.activations, inputs).items():
             run.writer.write(f"{layer.name}.{suffix}", tensor)
         # What an engine multiplies with is rounded to the model's dtype.
         run.plan.skeleton.put(f"{layer.module}.weight", decoded.to(DTYPES[layer.dtype]).to(run.dtype))
 
 
+def _input_scales(scheme: Scheme, stats: Stats | None, dtype: torch.dtype) -> QParams | None:
+    """The scales of a layer's input that are stored, from the largest |x| seen; None for a scheme without them."""
+    if not scheme.calibrates_input or scheme.activations is None:
+        return None
+    if stats is None or stats.absmax_K is None or not float(stats.absmax_K.max()) > 0:
+        raise InputError(
+            "no calibration token gave this layer an input, so its input scale cannot be found; use more calibration "
+            "data, or a scheme with dynamic activations"
+        )
+    number = numerics.get(scheme.activations.number)
+    found: QParams = number.qparams(stats.absmax_K[None], scheme.activations, scale_dtype=dtype)
+    return found
+
+
 def _split(q: QuantizedTensor, rows: list[int]) -> list[QuantizedTensor]:
     """Takes a stacked weight apart again, by rows. Scales of a whole tensor go to every part."""
     parts = []
+    whole, tile = q.scheme.strategy == "tensor", _tile(q.scheme)
     for start, count in zip(torch.tensor([0, *rows]).cumsum(0).tolist(), rows, strict=False):
 
         def cut(t: torch.Tensor | None, start: int = start, count: int = count) -> torch.Tensor | None:
-            return t if t is None or t.shape[0] != sum(rows) else t[start : start + count].contiguous()
+            return t if t is None or whole else t[start // tile : -(-(start + count) // tile)].contiguous()
 
         scale = cut(q.qparams.scale_NG)
         assert scale is not None
@@ -248,6 +285,7 @@ def _record(
     run.layers.append(
         {
             "name": layer.name,
+            "scheme": short(layer.scheme),
             "shape": list(layer.shape),
             "bits_per_weight": round(8 * sum(nbytes(s) for s in specs) / (layer.shape[0] * layer.shape[1]), 4),
             "relative_error": error / whole if whole else 0.0,

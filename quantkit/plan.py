@@ -62,8 +62,9 @@ class Plan:
 
     @property
     def needs_data(self) -> bool:
-        """Whether calibration tokens run through the model at all."""
-        return bool(algorithms.get(self.recipe.method_name).NEEDS)
+        """Whether calibration tokens run through the model at all: for the method, or for the scales of inputs."""
+        needs = algorithms.get(self.recipe.method_name).NEEDS
+        return bool(needs) or any(x.scheme is not None and x.scheme.calibrates_input for x in self.quantized)
 
     def config(self) -> dict[str, Any]:
         """The quantization_config of the output."""
@@ -83,7 +84,9 @@ def make(recipe: Recipe) -> Plan:
     specs = _specs(recipe, ghost, structure, linears)
     if ghost.unknown:
         names = ", ".join(ghost.unknown[:3]) + (", ..." if len(ghost.unknown) > 3 else "")
-        warnings.append(f"{len(ghost.unknown)} tensors have no place in transformers' model and are copied as they are: {names}")
+        warnings.append(
+            f"{len(ghost.unknown)} tensors have no place in transformers' model and are copied as they are: {names}"
+        )
     return Plan(recipe, source, ghost, structure, linears, specs, (*structure.warnings, *warnings))
 
 
@@ -100,7 +103,10 @@ def _linears(
     recipe: Recipe, ghost: skeleton.Skeleton, structure: blocks.Structure
 ) -> tuple[dict[str, Linear], list[str]]:
     inside = [name for block in structure.blocks for name in block.linears]
-    on_disk = {m: ghost.to_disk.get(f"{m}.weight", f"{m}.weight").removesuffix(".weight") for m in (*inside, *structure.outside)}
+    on_disk = {
+        m: ghost.to_disk.get(f"{m}.weight", f"{m}.weight").removesuffix(".weight")
+        for m in (*inside, *structure.outside)
+    }
     schemes, silent = recipe.assign(list(on_disk.values()))
     linears: dict[str, Linear] = {}
     for module, name in on_disk.items():
@@ -126,9 +132,15 @@ def _check(name: str, shape: tuple[int, int], dtype: str, scheme: Scheme, recipe
     try:
         numerics.get(scheme.weights.number)
         numerics.groups(scheme.weights, shape[1])
+        if scheme.activations is not None:
+            numerics.get(scheme.activations.number)
+            if scheme.calibrates_input and not scheme.activations.symmetric:
+                raise InputError("static activations with a zero point cannot be calibrated; make them symmetric or dynamic")
         formats.get(recipe.export.format).tensors(shape, scheme, dtype)
     except InputError as e:
-        raise InputError(f"{name} {shape[0]}x{shape[1]}: {e}; choose another group size, or leave it dense with a rule") from None
+        raise InputError(
+            f"{name} {shape[0]}x{shape[1]}: {e}; choose another scheme or group size, or leave it dense with a rule"
+        ) from None
 
 
 def _specs(
@@ -181,7 +193,9 @@ def memory(plan: Plan, device: torch.device, dtype: torch.dtype) -> dict[str, in
         parts["embeddings and head"] = sum(_numel(ghost, p) for p in outside(ghost, plan.structure)) * size
         parts["hidden states"] = rows * length * hidden * size
         parts["statistics"] = sum(k * k * 4 for k in inputs) + 5 * widest * widest * 4
-        parts["one batch in a block"] = min(rows, recipe.calibration.batch_size) * length * (4 * hidden + 3 * widest) * size
+        parts["one batch in a block"] = (
+            min(rows, recipe.calibration.batch_size) * length * (4 * hidden + 3 * widest) * size
+        )
     return {**parts, "total": sum(parts.values())}
 
 

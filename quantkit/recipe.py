@@ -160,6 +160,11 @@ def _none_is_off(value: Any) -> Any:
     return None if value is False or value == NONE else value
 
 
+def _off_in_schema(schema: dict[str, Any]) -> None:
+    """An editor offers what `_none_is_off` takes, not the null that pydantic sees."""
+    schema["anyOf"] = [*(part for part in schema["anyOf"] if part != {"type": "null"}), {"enum": [NONE, False]}]
+
+
 class Export(Part):
     """How the output lies on disk."""
 
@@ -203,10 +208,9 @@ class Recipe(Part):
     rules: tuple[Rule, ...] = Field(default=(), strict=False, description="Exceptions to scheme; first match wins.")
     method: Method = Field(default_factory=lambda: Method.model_validate("gptq"))
     calibration: Calibration = Calibration()
-    validation: Annotated[
-        Validation | None,
-        BeforeValidator(_none_is_off, json_schema_input_type=Validation | Literal["none", False]),
-    ] = Field(default=Validation(), alias="validate")
+    validation: Annotated[Validation | None, BeforeValidator(_none_is_off)] = Field(
+        default=Validation(), alias="validate", json_schema_extra=_off_in_schema
+    )
     export: Export = Export()
 
     @model_validator(mode="after")

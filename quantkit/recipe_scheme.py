@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
@@ -17,7 +17,7 @@ from pydantic import (
 from pydantic_core import CoreSchema
 
 from quantkit import presets
-from quantkit.presets import PRESETS, GroupSize
+from quantkit.presets import PRESETS, UNQUANTIZED, GroupSize
 from quantkit.recipe_errors import hint, problem, shown
 from quantkit.recipe_overrides import NONE
 from quantkit.types import Scheme, TensorScheme
@@ -29,22 +29,19 @@ class Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
-class WeightSpec(Part):
-    """A weight's number format spelt out, where no preset has it."""
+def _fixed_group(number: Any) -> int | None:
+    """Columns that share a scale in a number format that leaves no choice."""
+    if not isinstance(number, str):
+        return None
+    return 16 if number == "nvfp4" else 32 if number.startswith("mx") else None
 
-    number: str = Field(description="Number format: int2 to int8.")
-    strategy: Literal["tensor", "channel", "group"] = Field(
-        description="What shares one scale: the tensor, a row, or group_size columns of a row."
-    )
+
+class NumberSpec(Part):
+    """What the number format of a weight and that of an input have in common."""
+
+    number: str = Field(description="Number format: int2 to int8, fp8_e4m3, mxfp4, mxfp6_e2m3, mxfp8_e4m3, nvfp4.")
     group_size: int | None = Field(default=None, ge=1, description="Columns that share a scale, with strategy group.")
     symmetric: bool = Field(default=True, description="false: each scale has a zero point.")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _infer_strategy(cls, value: Any) -> Any:
-        if isinstance(value, Mapping) and "strategy" not in value:
-            return {**value, "strategy": "channel" if value.get("group_size") is None else "group"}
-        return value
 
     @field_validator("number")
     @classmethod
@@ -57,15 +54,88 @@ class WeightSpec(Part):
             )
         return value
 
-    @model_validator(mode="after")
-    def _group_size_fits(self) -> WeightSpec:
-        if (self.strategy == "group") != (self.group_size is not None):
+    def _check_groups(self, strategy: str) -> None:
+        fixed = _fixed_group(self.number)
+        if fixed is not None and (strategy, self.group_size) != ("group", fixed):
+            raise problem("{number} has a scale for {size} columns, no more, no less", number=self.number, size=fixed)
+        if (strategy == "group") != (self.group_size is not None):
             raise problem("group_size goes with strategy group, and only with it")
+        if not self.symmetric and not self.number.startswith("int"):
+            raise problem("{number} has no zero points; leave symmetric out", number=self.number)
+
+
+class WeightSpec(NumberSpec):
+    """A weight's number format spelt out, where no preset has it."""
+
+    strategy: Literal["tensor", "channel", "group", "block"] = Field(
+        description="What shares one scale: the tensor, a row, group_size columns of a row, or a tile of block_shape."
+    )
+    block_shape: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] | None = Field(
+        default=None, strict=False, description="Rows and columns of a tile that share a scale, with strategy block."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _infer(cls, value: Any) -> Any:
+        if not isinstance(value, Mapping):
+            return value
+        value = dict(value)
+        if value.get("group_size") is None and (size := _fixed_group(value.get("number"))) is not None:
+            value["group_size"] = size
+        if "strategy" not in value:
+            tile = "channel" if value.get("block_shape") is None else "block"
+            value["strategy"] = tile if value.get("group_size") is None else "group"
+        return value
+
+    @model_validator(mode="after")
+    def _fits(self) -> WeightSpec:
+        self._check_groups(self.strategy)
+        if (self.strategy == "block") != (self.block_shape is not None):
+            raise problem("block_shape goes with strategy block, and only with it")
         return self
+
+    def resolve(self) -> TensorScheme:
+        """The scheme that this stands for."""
+        return TensorScheme(
+            self.number, self.strategy, self.group_size, self.symmetric, block_shape=self.block_shape
+        )
+
+
+class ActivationSpec(NumberSpec):
+    """The number format of a layer's input spelt out."""
+
+    strategy: Literal["tensor", "token", "group"] = Field(
+        description="What shares one scale: the tensor, a token, or group_size columns of a token."
+    )
+    dynamic: bool = Field(description="true: the engine finds the scales as it runs; false: they are calibrated.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _infer(cls, value: Any) -> Any:
+        if not isinstance(value, Mapping):
+            return value
+        value = dict(value)
+        if value.get("group_size") is None and (size := _fixed_group(value.get("number"))) is not None:
+            value["group_size"] = size
+        if "strategy" not in value:
+            row = "tensor" if value.get("dynamic") is False else "token"
+            value["strategy"] = row if value.get("group_size") is None else "group"
+        return {"dynamic": value["strategy"] != "tensor", **value}
+
+    @model_validator(mode="after")
+    def _fits(self) -> ActivationSpec:
+        self._check_groups(self.strategy)
+        if not self.dynamic and self.strategy != "tensor":
+            raise problem("only a scale of the whole tensor can be calibrated; use strategy tensor, or dynamic: true")
+        return self
+
+    def resolve(self) -> TensorScheme:
+        """The scheme that this stands for."""
+        return TensorScheme(self.number, self.strategy, self.group_size, self.symmetric, self.dynamic)
 
 
 class SchemeSpec(Part):
-    """`W4A16`, `none`, `{preset: W4A16, group_size: 64}` or `{weights: {number: int4, group_size: 64}}`."""
+    """`W4A16`, `none`, `{preset: W4A16, group_size: 64}` or `{weights: {number: int8}, activations: {number: int8}}`."""
 
     preset: str | None = Field(
         default=None,
@@ -74,6 +144,9 @@ class SchemeSpec(Part):
     )
     group_size: GroupSize | None = Field(default=None, description="Instead of the preset's; channel: a scale a row.")
     weights: WeightSpec | None = Field(default=None, description="In place of a preset.")
+    activations: ActivationSpec | None = Field(
+        default=None, description="Number format of the inputs, beside weights; left out, they stay as they are."
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -83,6 +156,8 @@ class SchemeSpec(Part):
         if not isinstance(value, Mapping | SchemeSpec):
             message = "expected a preset name, a mapping, or none to leave layers dense; got {got}"
             raise problem(message, got=shown(value))
+        if isinstance(value, Mapping) and value.get("preset") == UNQUANTIZED:
+            value = {**value, "preset": NONE}
         if isinstance(value, Mapping) and value.get("group_size") is None:
             preset = value.get("preset")
             if isinstance(preset, str) and preset in PRESETS:
@@ -100,11 +175,15 @@ class SchemeSpec(Part):
     def _one_form(self) -> SchemeSpec:
         if (self.preset is None) == (self.weights is None):
             raise problem("give either preset or weights")
+        if self.activations is not None and self.weights is None:
+            raise problem("activations go with weights; a preset says itself what becomes of them")
         if self.group_size is not None:
             if self.weights is not None:
                 raise problem("put group_size inside weights")
-            if self.preset == NONE or presets.group_size(PRESETS[self.preset or ""]) is None:
-                raise problem("{preset} has no groups; leave group_size out", preset=self.preset)
+            scheme = None if self.preset == NONE else PRESETS[self.preset or ""]
+            if scheme is None or presets.group_size(scheme) is None:
+                why = "no groups" if scheme is None or scheme.weights.strategy != "group" else "no other groups"
+                raise problem("{preset} has {why}; leave group_size out", preset=self.preset, why=why)
         return self
 
     @model_serializer
@@ -112,7 +191,8 @@ class SchemeSpec(Part):
         if self.preset == NONE:
             return NONE
         if self.weights is not None:
-            return {"weights": self.weights.model_dump(exclude_none=True)}
+            parts = {"weights": self.weights, "activations": self.activations}
+            return {k: v.model_dump(mode="json", exclude_none=True) for k, v in parts.items() if v is not None}
         return {k: v for k, v in (("preset", self.preset), ("group_size", self.group_size)) if v is not None}
 
     @classmethod
@@ -123,8 +203,7 @@ class SchemeSpec(Part):
     def resolve(self) -> Scheme | None:
         """The scheme that this stands for; None for `none`."""
         if self.weights is not None:
-            w = self.weights
-            return Scheme(TensorScheme(w.number, w.strategy, w.group_size, w.symmetric))
+            return Scheme(self.weights.resolve(), None if self.activations is None else self.activations.resolve())
         if self.preset is None or self.preset == NONE:
             return None
         scheme = PRESETS[self.preset]
@@ -134,11 +213,18 @@ class SchemeSpec(Part):
     def label(self) -> str:
         """A name for folders: "W4A16", "W4A16-g64" when the group size is not the preset's own, "int4-g64-asym"."""
         if self.weights is not None:
-            w = self.weights
-            share = f"g{w.group_size}" if w.strategy == "group" else w.strategy
-            return f"{w.number}-{share}" + ("" if w.symmetric else "-asym")
+            a = self.activations
+            names = [_short(self.weights)] if a is None else [_short(self.weights), _short(a)]
+            return "-".join([*names, *(["static"] if a is not None and not a.dynamic else [])])
         if self.preset is None or self.preset == NONE:
             return "mixed"  # the rules decide
         if self.group_size == presets.group_size(PRESETS[self.preset]):
             return self.preset
         return f"{self.preset}-channel" if self.group_size == "channel" else f"{self.preset}-g{self.group_size}"
+
+
+def _short(part: WeightSpec | ActivationSpec) -> str:
+    """ "int4-g64-asym"; the group size of a format that leaves no choice is not said."""
+    share = f"g{part.group_size}" if part.strategy == "group" else part.strategy
+    words = [part.number] if _fixed_group(part.number) else [part.number, share]
+    return "-".join([*words, *([] if part.symmetric else ["asym"])])

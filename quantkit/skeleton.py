@@ -97,7 +97,9 @@ def build(folder: Path, checkpoint: Checkpoint, *, trust_remote_code: bool = Fal
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except (ValueError, KeyError, AttributeError, TypeError, ImportError) as e:
-        raise InputError(f"{folder}: transformers cannot build a causal language model of type {kind!r}: {_line(e)}") from None
+        raise InputError(
+            f"{folder}: transformers cannot build a causal language model of type {kind!r}: {_line(e)}"
+        ) from None
     model.eval()
     model.requires_grad_(False)
     model.tie_weights()
@@ -110,7 +112,7 @@ def _config_problem(message: str) -> str:
             "this model needs code from its repository, which is not run unless you allow it; "
             "read that code, then set `trust_remote_code: true` in the recipe"
         )
-    return f"transformers does not know this architecture ({message.splitlines()[0][:300] if message else 'no reason given'})"
+    return f"transformers does not know this architecture ({(message.splitlines() or ['no reason given'])[0][:300]})"
 
 
 def _line(e: Exception) -> str:

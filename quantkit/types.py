@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import torch
     from pydantic import BaseModel
 
-Strategy = Literal["tensor", "channel", "group", "block", "token"]
+Strategy = Literal["tensor", "channel", "group", "block", "token", "head"]
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class TensorScheme:
 
     number      name of the number format, listed in `NUMBERS` of one file of quantkit/numerics: "int4", "fp8_e4m3"
     strategy    how much shares one scale: the tensor, a row ("channel"), `group_size` columns of a row ("group"),
-                a `block_shape` tile ("block"), or, for activations, a token's row ("token")
+                a `block_shape` tile ("block"), or, for activations, a token's row ("token"); in a KV cache, a "head"
     symmetric   False: each scale has a zero point
     dynamic     activations only: True when the engine computes the scale at run time
     """
@@ -47,12 +47,19 @@ class Scheme:
     weights: TensorScheme
     activations: TensorScheme | None = None
 
+    @property
+    def calibrates_input(self) -> bool:
+        """Whether a scale of the layer's input is found by calibration and stored: static ones, NVFP4's global one."""
+        a = self.activations
+        return a is not None and (not a.dynamic or a.number == "nvfp4")
+
 
 @dataclass(frozen=True)
 class QParams:
     """Scales and zero points, in the dtypes in which they are stored.
 
-    scale_NG      (N, G) for groups, (N, 1) per channel, (1, 1) per tensor, (ceil(N/bn), ceil(K/bk)) for blocks
+    scale_NG      (N, G) for groups, (N, 1) per channel, (1, 1) per tensor, (ceil(N/bn), ceil(K/bk)) for blocks;
+                  a float; float8_e4m3fn for NVFP4; uint8, the exponent plus 127 (E8M0), for MX formats
     zero_NG       int8, same shape as `scale_NG`, on the signed axis of the codes; None when symmetric
     global_scale  float32 (1,), divides the group scales (NVFP4); None elsewhere
     """
@@ -66,7 +73,8 @@ class QParams:
 class QuantizedTensor:
     """A weight as codes, one element a code (unpacked). It is rounded once; packing and decoding only read it.
 
-    codes_NK  (N, K); integers are signed, in [-2^(b-1), 2^(b-1)-1], as int8, also when the scheme is asymmetric
+    codes_NK  (N, K); integers are signed, in [-2^(b-1), 2^(b-1)-1], as int8, also when the scheme is asymmetric;
+              floats of 8 bits are torch's float8, those of 4 and 6 bits uint8 with the sign on top
     """
 
     codes_NK: torch.Tensor
@@ -95,7 +103,7 @@ class Stats:
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """Shape and dtype of a tensor that is, or will be, in a checkpoint. `dtype` is a safetensors name such as "BF16"."""
+    """Shape and dtype of a tensor that is, or will be, in a checkpoint. `dtype` is safetensors' name: "BF16"."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -112,9 +120,14 @@ class Notes:
 
 
 class NumberFormat(Protocol):
-    """A file of quantkit/numerics: what a code means."""
+    """A file of quantkit/numerics: what a code means.
+
+    NUMBERS   the names of the number formats in it
+    SEARCHES  what `search` may be; all have "absmax" and "mse"
+    """
 
     NUMBERS: tuple[str, ...]
+    SEARCHES: tuple[str, ...]
 
     def qparams(
         self,
@@ -154,12 +167,21 @@ class Algorithm(Protocol):
 
 
 class Format(Protocol):
-    """A file of quantkit/formats: how codes lie in a file. Its name is `export.format` in a recipe, with dashes."""
+    """A file of quantkit/formats: how codes lie in a file. Its name is `export.format` in a recipe, with dashes.
+
+    QUANT_METHOD  what its config calls itself, "fp8" for fp8-block
+    """
+
+    QUANT_METHOD: str
 
     def tensors(self, shape: tuple[int, int], scheme: Scheme, dtype: str) -> dict[str, TensorSpec]: ...
 
-    def pack(self, q: QuantizedTensor, activations: TensorScheme | None = None) -> dict[str, torch.Tensor]: ...
+    def pack(
+        self, q: QuantizedTensor, activations: TensorScheme | None = None, inputs: QParams | None = None
+    ) -> dict[str, torch.Tensor]: ...
 
     def unpack(self, tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> QuantizedTensor: ...
 
     def config(self, schemes: Mapping[str, Scheme | None]) -> dict[str, Any]: ...
+
+    def read_config(self, config: Mapping[str, Any]) -> Any: ...

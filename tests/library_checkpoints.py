@@ -11,10 +11,9 @@ import torch
 import transformers
 from compressed_tensors.compressors import BaseCompressor, ModelCompressor
 from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme, apply_quantization_config
-from compressed_tensors.quantization.utils import calculate_qparams
+from library_layers import inputs, library_inputs, library_qparams, quantized
 from safetensors.torch import load_file, save_file
 
-from quantkit import numerics
 from quantkit.formats import compressed_tensors as ct
 from quantkit.types import Scheme, TensorScheme
 
@@ -62,13 +61,10 @@ def compress_by_library(folder: Path, model: Any, weights: dict[str, Any], **act
         model, QuantizationConfig(config_groups={"group_0": scheme}, ignore=["lm_head"]), show_progress=False
     )
     for module in (m for m in model.modules() if hasattr(m, "quantization_scheme")):
-        weight = module.weight.detach()
-        rows = weight.reshape(1, -1) if weights["strategy"] == "tensor" else weight
-        grouped = rows.unflatten(1, (-1, weights["group_size"] or rows.shape[1]))
-        scale, zero = calculate_qparams(grouped.amin(-1), grouped.amax(-1), module.quantization_scheme.weights)
-        module.weight_scale.data.copy_(scale.reshape(module.weight_scale.shape))
-        if hasattr(module, "weight_zero_point"):
-            module.weight_zero_point.data.copy_(zero.reshape(module.weight_zero_point.shape))
+        found = library_qparams(module.weight.detach(), module.quantization_scheme.weights)
+        for name, value in {**found, **library_inputs(module.quantization_scheme.input_activations)}.items():
+            parameter = getattr(module, name)
+            parameter.data.copy_(value.reshape(parameter.shape))
     compressor = ModelCompressor.from_pretrained_model(model)
     compressor.compress_model(model)
     model.save_pretrained(folder)
@@ -106,16 +102,20 @@ def decoded(folder: Path, out: Path) -> Path:
     return out
 
 
-def pack_folder(folder: Path, schemes: Mapping[str, TensorScheme], *, ignore: Iterable[str] = ()) -> Path:
-    """Packs layers of a dense checkpoint in place with quantkit. schemes: name on disk -> TensorScheme."""
+def pack_folder(
+    folder: Path,
+    schemes: Mapping[str, TensorScheme | Scheme],
+    *,
+    ignore: Iterable[str] = (),
+    kv_cache: TensorScheme | None = None,
+) -> Path:
+    """Packs layers of a dense checkpoint in place with quantkit. schemes: name on disk -> scheme of the layer."""
     tensors, config = load_file(folder / "model.safetensors"), config_of(folder)
-    for name, scheme in schemes.items():
-        weight = tensors.pop(f"{name}.weight")
-        qparams = numerics.get(scheme.number).qparams(weight, scheme, scale_dtype=weight.dtype)
-        q = numerics.quantize(weight, qparams, scheme)
-        tensors |= {f"{name}.{key}": t for key, t in ct.pack(q).items()}
-    named = {name: Scheme(scheme) for name, scheme in schemes.items()}
-    config["quantization_config"] = ct.config({**named, **dict.fromkeys(ignore)})
+    named = {name: s if isinstance(s, Scheme) else Scheme(s) for name, s in schemes.items()}
+    for name, scheme in named.items():
+        q = quantized(tensors.pop(f"{name}.weight"), scheme.weights)
+        tensors |= {f"{name}.{key}": t for key, t in ct.pack(q, scheme.activations, inputs(scheme)).items()}
+    config["quantization_config"] = ct.config({**named, **dict.fromkeys(ignore)}, kv_cache)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config))
     return folder

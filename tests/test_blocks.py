@@ -7,10 +7,11 @@ import json
 import pytest
 import tiny
 import torch
+from transformers import AutoModelForCausalLM
+
 from quantkit import blocks, skeleton
 from quantkit.checkpoint import Checkpoint
 from quantkit.errors import InputError
-from transformers import AutoModelForCausalLM
 
 
 def open_model(folder):
@@ -91,7 +92,10 @@ def change_config(folder, **changes):
     ("changes", "says"),
     [
         ({"model_type": "no-such-model"}, "does not know this architecture"),
-        ({"model_type": "novel", "auto_map": {"AutoConfig": "code.C", "AutoModelForCausalLM": "code.M"}}, "trust_remote_code"),
+        (
+            {"model_type": "novel", "auto_map": {"AutoConfig": "code.C", "AutoModelForCausalLM": "code.M"}},
+            "trust_remote_code",
+        ),
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "already quantized"),
         ({"intermediate_size": 128}, r"has shape \(64, 96\), but config.json makes it \(64, 128\)"),
         ({"num_hidden_layers": 3}, "9 tensors of the model are in no shard"),

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+
 from quantkit import calibration
 from quantkit.errors import InputError
 from quantkit.hub import resolve
@@ -60,10 +61,12 @@ def test_padding_is_in_no_statistic():
     padded.update(x, mask)
     alone.update(torch.cat([x[0, :2], x[1]]))
     assert padded.tokens == alone.tokens == 6
-    assert torch.equal(padded.result().gram_KK, alone.result().gram_KK)
-    assert torch.equal(padded.result().absmax_K, alone.result().absmax_K)
+    one, two = padded.result(), alone.result()
+    assert one.gram_KK is not None and two.gram_KK is not None
+    assert one.absmax_K is not None and two.absmax_K is not None
+    assert torch.equal(one.gram_KK, two.gram_KK) and torch.equal(one.absmax_K, two.absmax_K)
     reference = torch.cat([x[0, :2], x[1]]).double()
-    assert torch.allclose(padded.result().gram_KK.double(), reference.T @ reference / 6, rtol=1e-5, atol=1e-6)
+    assert torch.allclose(one.gram_KK.double(), reference.T @ reference / 6, rtol=1e-5, atol=1e-6)
 
 
 def test_too_little_text():

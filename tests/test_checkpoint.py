@@ -9,12 +9,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
 from quantkit import checkpoint
 from quantkit.checkpoint import INDEX, SINGLE, Checkpoint, ShardWriter
 from quantkit.errors import InputError, MissingError
 from quantkit.types import TensorSpec
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 
 
 def some_tensors() -> dict[str, torch.Tensor]:
@@ -63,7 +64,9 @@ def test_shards_and_index_hold_everything_once(tmp_path):
         assert sum(t.nbytes for t in part.values()) <= 64 or len(part) == 1
         found.update(part)
     assert found.keys() == tensors.keys()
-    assert all(torch.equal(found[k].reshape(-1).view(torch.uint8), tensors[k].reshape(-1).view(torch.uint8)) for k in found)
+    assert all(
+        torch.equal(found[k].reshape(-1).view(torch.uint8), tensors[k].reshape(-1).view(torch.uint8)) for k in found
+    )
     reader = Checkpoint.open(tmp_path)
     assert reader.specs == specs(tensors)
     assert reader.size() == index["metadata"]["total_size"]
@@ -134,7 +137,9 @@ def test_index_names_an_absent_tensor(two_shards):
         Checkpoint.open(two_shards)
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"weight_map": 3}', '{"weight_map": {"a": 1}}', "{", '{"weight_map": {"a": null}}'])
+@pytest.mark.parametrize(
+    "text", ["", "[]", '{"weight_map": 3}', '{"weight_map": {"a": 1}}', "{", '{"weight_map": {"a": null}}']
+)
 def test_broken_index(two_shards, text):
     (two_shards / INDEX).write_text(text)
     with pytest.raises(InputError):

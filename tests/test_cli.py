@@ -40,7 +40,7 @@ VALIDATION = {
         "kl_p99": 0.4,
         "top1_agreement": 0.8912,
     },
-    "gates": [{"name": "kl", "limit": 0.06, "value": 0.0431, "passed": True, "sense": "<="}],
+    "gates": [{"name": "kl", "limit": 0.06, "value": 0.0431, "passed": True, "sense": "max"}],
     "samples": {"prompt": "To open", "original": " a file", "quantized": " a [bold]file\x1b[2J"},
 }
 SUMMARY = {
@@ -170,7 +170,7 @@ def test_a_failed_gate_is_3_after_the_table(monkeypatch: pytest.MonkeyPatch) -> 
     for args in (["quantize", QUICKSTART], ["validate", "out"]):
         result = run(*args)
         assert result.exit_code == 3
-        assert "<= 0.06 failed" in result.stdout
+        assert "≤ 0.06 failed" in result.stdout
         assert result.stderr == f"error: {failed.message}\n"
 
 
@@ -217,7 +217,7 @@ def test_the_table_shows_before_after_and_gates(capsys: pytest.CaptureFixture[st
     assert "original | quantized | gate" in lines
     assert "size | 14.7 MB | 5.2 MB (35%)" in lines
     assert "perplexity | 9.207 | 9.544 (x 1.0367)" in lines
-    assert "KL divergence | 0 | 0.0431 ± 0.0012 | <= 0.06 passed" in lines
+    assert "KL divergence | 0 | 0.0431 ± 0.0012 | ≤ 0.06 passed" in lines
     assert "top-1 agreement | 100% | 89.1%" in lines
     assert "measured on 20,480 tokens in 40 windows" in lines
     assert "original | a file" in lines

@@ -15,6 +15,7 @@ from compressed_tensors.utils.match import match_named_modules, match_targets
 from quantkit import formats, numerics
 from quantkit.errors import InputError
 from quantkit.formats import compressed_tensors as ct
+from quantkit.presets import PRESETS
 from quantkit.types import QuantizedTensor, Scheme, TensorScheme
 
 SHAPES = [
@@ -118,7 +119,7 @@ def test_zero_points_must_agree_with_the_scheme():
     [
         ("weight_shape", None, "weight_shape"),
         ("weight_packed", None, "weight_packed is missing"),
-        ("weight_zero_point", None, "weight_zero_point is missing; int4 per group needs it"),
+        ("weight_zero_point", None, "weight_zero_point is missing; .* of int4 per group needs it"),
         ("weight_packed", torch.zeros(70, 12, dtype=torch.int64), "torch.int64"),
         ("weight_packed", torch.zeros(70, 11, dtype=torch.int32), r"\(70, 11\)"),
         ("weight_scale", torch.ones(70, 2), r"needs float \(70, 3\)"),
@@ -138,12 +139,7 @@ def test_unpack_refuses(name, value, says):
         ct.unpack(tensors, Scheme(scheme))
 
 
-def test_a_scheme_that_is_not_held_is_refused():
-    weights = TensorScheme("int8", "channel")
-    with pytest.raises(InputError, match="int8 weights per channel with int8 activations cannot be written"):
-        ct.tensors((4, 4), Scheme(weights, TensorScheme("int8", "token", dynamic=True)), "BF16")
-    with pytest.raises(InputError, match="int9"):
-        ct.tensors((4, 4), Scheme(TensorScheme("int9", "channel")), "BF16")
+def test_a_group_size_that_does_not_divide_is_refused():
     with pytest.raises(InputError, match="group_size 32 does not divide in_features 50"):
         ct.tensors((4, 50), Scheme(TensorScheme("int4", "group", 32)), "BF16")
 
@@ -161,6 +157,8 @@ W4 = Scheme(TensorScheme("int4", "group", 128))
 W4_ASYM = Scheme(TensorScheme("int4", "group", 32, symmetric=False))
 W8 = Scheme(TensorScheme("int8", "channel"))
 W3_TENSOR = Scheme(TensorScheme("int3", "tensor"))
+W8A8_STATIC = Scheme(TensorScheme("int8"), TensorScheme("int8", "tensor", symmetric=False))
+KV_TENSOR, KV_HEAD = TensorScheme("fp8_e4m3", "tensor"), TensorScheme("fp8_e4m3", "head")
 
 
 def test_config_of_one_scheme():
@@ -198,6 +196,8 @@ SCHEMES: dict[str, dict[str, Scheme | None]] = {
     "channel": {"a.q": W8, "router": None, "lm_head": None},
     "tensor": {"a.q": W3_TENSOR},
     "several": {"z.up": W4, "a.q": W8, "b.down": W4_ASYM, "a.k": W4, "lm_head": None, "router": None},
+    "mixed": {"a.q": W4, "a.up": PRESETS["FP8_BLOCK"], "a.down": PRESETS["NVFP4"], "a.gate": W8A8_STATIC, "lm_head": None},
+    **{name: {"a.q": preset, "lm_head": None} for name, preset in PRESETS.items()},
 }
 
 
@@ -207,6 +207,7 @@ def test_config_is_what_the_library_would_write(schemes):
     theirs = json.loads(QuantizationConfig.model_validate(ours).model_dump_json())
     assert theirs.pop("moe_sparsity_config", None) is None
     assert ours == theirs
+    assert json.loads(json.dumps(ours)) == ours
 
 
 @pytest.mark.parametrize("schemes", SCHEMES.values(), ids=SCHEMES)
@@ -214,6 +215,39 @@ def test_config_reads_back(schemes):
     read = ct.read_config(ct.config(schemes))
     assert read.unsupported is None
     assert {name: read.scheme_for(name) for name in schemes} == schemes
+
+
+def test_mixed_precision_says_each_groups_format():
+    config = ct.config(SCHEMES["mixed"])
+    assert config["format"] == "mixed-precision"
+    formats = {g["targets"][0]: g["format"] for g in config["config_groups"].values()}
+    assert formats == {
+        "a.q": "pack-quantized",
+        "a.up": "float-quantized",
+        "a.down": "nvfp4-pack-quantized",
+        "a.gate": "int-quantized",
+    }
+    for group in config["config_groups"].values():
+        del group["format"]
+    read = ct.read_config(config)
+    assert read.unsupported == "group_0 has int4 weights per group of 128 as 'mixed-precision'"
+
+
+@pytest.mark.parametrize(("scheme", "strategy"), [(KV_TENSOR, "tensor"), (KV_HEAD, "attn_head")])
+def test_config_of_a_kv_cache(scheme, strategy):
+    config = ct.config({"a": W4}, kv_cache=scheme)
+    assert config["kv_cache_scheme"] == {
+        "dynamic": False,
+        "group_size": None,
+        "num_bits": 8,
+        "strategy": strategy,
+        "symmetric": True,
+        "type": "float",
+    }
+    theirs = json.loads(QuantizationConfig.model_validate(config).model_dump_json())
+    assert theirs["kv_cache_scheme"] == config["kv_cache_scheme"]
+    assert ct.read_config(config).kv_cache == scheme
+    assert ct.read_config(ct.config({"a": W4})).kv_cache is None
 
 
 def test_config_of_several_schemes_names_layers_exactly():
@@ -289,6 +323,86 @@ def test_other_spellings_of_the_same_scheme(weights):
     assert ct.read_config({**config, "version": "0.9.0", "sparsity_config": {}}).scheme_for("a") == W4
 
 
+# What versions 0.5 to 0.13 wrote in every block of arguments, whether it was used or not.
+OLD_INPUT: dict[str, object] = {**OLD_ARGS, "actorder": None}
+OLD_SPELLINGS: dict[str, tuple[str, dict[str, object], dict[str, object] | None]] = {
+    "W8A8": (
+        "int-quantized",
+        {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "group_size": None, **OLD_ARGS},
+        {"num_bits": 8, "type": "int", "strategy": "token", "dynamic": True, **OLD_INPUT, "observer": "memoryless"},
+    ),
+    "FP8": (
+        "naive-quantized",
+        {"num_bits": 8, "type": "float", "strategy": "tensor"},
+        {"num_bits": 8, "type": "float", "strategy": "tensor"},
+    ),
+    "FP8_DYNAMIC": (
+        "float-quantized",
+        {"num_bits": 8, "type": "float", "strategy": "channel", "dynamic": False, **OLD_ARGS},
+        {"num_bits": 8, "type": "float", "strategy": "token", "dynamic": True, **OLD_INPUT, "observer": None},
+    ),
+    "FP8_BLOCK": (
+        "float-quantized",
+        {"num_bits": 8, "type": "float", "strategy": "block", **OLD_ARGS, "block_structure": "128x128"},
+        {"num_bits": 8, "type": "float", "strategy": "group", "group_size": 128, "dynamic": True},
+    ),
+    "NVFP4": (
+        "nvfp4-pack-quantized",
+        {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16, **OLD_ARGS},
+        {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16, "dynamic": "local"},
+    ),
+    "MXFP4A16": (
+        "mxfp4-pack-quantized",
+        {"num_bits": 4, "type": "FLOAT", "strategy": "GROUP", "group_size": 32},
+        None,
+    ),
+}
+
+
+@pytest.mark.parametrize("status", ["compressed", "frozen"])
+@pytest.mark.parametrize("name", OLD_SPELLINGS)
+def test_what_older_versions_wrote(name, status):
+    layout, weights, activations = OLD_SPELLINGS[name]
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": activations, "output_activations": None}
+    QuantizationScheme.model_validate(copy.deepcopy(group))
+    read = ct.read_config(
+        {
+            "config_groups": {"group_0": group},
+            "format": layout,
+            "global_compression_ratio": 1.24,
+            "ignore": ["lm_head"],
+            "kv_cache_scheme": None,
+            "quant_method": "compressed-tensors",
+            "quantization_status": status,
+            "sparsity_config": {"format": "dense", "global_sparsity": 0.1, "registry_requires_subclass": False},
+        }
+    )
+    assert read.unsupported is None
+    assert read.scheme_for("model.layers.0.mlp.up_proj") == PRESETS[name]
+    assert [(g.name, g.format) for g in read.groups] == [("group_0", layout)]
+
+
+def test_a_group_may_be_a_presets_name():
+    config = {**ct.config({"a": W4}), "config_groups": {"W4A16": ["Linear"]}}
+    assert QuantizationConfig.model_validate(config).config_groups["W4A16"].weights.num_bits == 4
+    assert ct.read_config(config).scheme_for("a") == PRESETS["W4A16"]
+
+
+def test_where_a_config_lies():
+    ours = ct.config({"a": W4})
+    bare = {k: v for k, v in ours.items() if k != "quant_method"}
+    for config in (
+        {"quantization_config": ours},
+        {"text_config": {"quantization_config": ours}},
+        {"compression_config": bare},
+        {"compression_config": {"quantization_config": bare, "sparsity_config": {}}},
+    ):
+        found = formats.quantization_config(config)
+        assert found is not None and found["quant_method"] == "compressed-tensors"
+        assert ct.read_config(found).scheme_for("a") == W4
+    assert formats.quantization_config({"text_config": {"vocab_size": 3}}) is None
+
+
 def test_channel_as_group_size_minus_one():
     config = ct.config({"a": W8})
     config["config_groups"]["group_0"]["weights"] = {"num_bits": 8, "group_size": -1}
@@ -300,28 +414,35 @@ def test_channel_as_group_size_minus_one():
     ("path", "value", "says"),
     [
         (["quant_method"], "gptq", "quant_method is 'gptq'"),
-        (["quantization_status"], "frozen", "quantization_status is 'frozen'"),
-        (["kv_cache_scheme"], {"num_bits": 8}, "kv_cache_scheme is set"),
+        (["quantization_status"], "calibration", "quantization_status is 'calibration'"),
+        (["kv_cache_scheme"], {"num_bits": 8}, "kv_cache_scheme is int8 per tensor"),
+        (["kv_cache_scheme"], {"num_bits": 8, "novel": 1}, "kv_cache_scheme.novel is 1"),
         (["transform_config"], {"config_groups": {}}, "transform_config is set"),
         (["sparsity_config"], {"format": "sparse-24-bitmask"}, "sparsity_config is set"),
         (["ignore"], "lm_head", "ignore is not a list of strings"),
         (["ignore"], ["re:(", "a"], "does not compile"),
         (["config_groups"], {}, "names no group"),
-        (["config_groups", "W4A16"], ["Linear"], "W4A16 is a preset's name"),
-        (["config_groups", "group_0", "format"], "int-quantized", "int4 weights per group as 'int-quantized'"),
+        (["config_groups", "W4A17"], ["Linear"], "W4A17 is neither a scheme nor the name of a preset"),
+        (["config_groups", "group_0", "format"], "dense", "int4 weights per group of 128 as 'dense'"),
+        (["config_groups", "group_0", "format"], "mxfp4-pack-quantized", "of 128 as 'mxfp4-pack-quantized'"),
         (["config_groups", "group_0", "extra"], 1, "unknown key 'extra'"),
         (["config_groups", "group_0", "targets"], None, "targets is not a list of strings"),
-        (["config_groups", "group_0", "input_activations"], {"num_bits": 8}, "quantizes input activations"),
+        (["config_groups", "group_0", "output_activations"], {"num_bits": 8}, "quantizes output activations"),
+        (["config_groups", "group_0", "input_activations"], {"num_bits": 16}, "input_activations is int16 per tensor"),
+        (["config_groups", "group_0", "input_activations"], {"strategy": "token"}, "int8 per token, dynamic False"),
+        (["config_groups", "group_0", "input_activations"], {"dynamic": "local"}, "dynamic is 'local'"),
         (["config_groups", "group_0", "weights"], None, "group_0.weights is not set"),
         (["config_groups", "group_0", "weights", "type"], "float", "float4 per group"),
         (["config_groups", "group_0", "weights", "num_bits"], 1, "int1 per group"),
         (["config_groups", "group_0", "weights", "num_bits"], "4", "num_bits '4'"),
         (["config_groups", "group_0", "weights", "group_size"], None, "group_size None"),
-        (["config_groups", "group_0", "weights", "strategy"], "block", "int4 per block"),
+        (["config_groups", "group_0", "weights", "strategy"], "block", "block_structure is None"),
+        (["config_groups", "group_0", "weights", "strategy"], "novel", "weights is int4 per novel"),
         (["config_groups", "group_0", "weights", "actorder"], "group", "actorder is 'group'"),
         (["config_groups", "group_0", "weights", "scale_dtype"], "torch.float8_e4m3fn", "scale_dtype"),
         (["config_groups", "group_0", "weights", "novel"], 1, "novel is 1"),
-        (["config_groups", "group_0", "weights", "dynamic"], True, "dynamic is True"),
+        (["config_groups", "group_0", "weights", "dynamic"], True, "int4 weights per group of 128 as"),
+        (["config_groups", "group_0", "weights", "scale_dtype"], "torch.uint8", "int4 per group, scale_dtype"),
     ],
 )
 def test_unsupported_configs_say_why(path, value, says):
@@ -332,5 +453,5 @@ def test_unsupported_configs_say_why(path, value, says):
     at[path[-1]] = value
     read = ct.read_config(config)
     assert read.unsupported is not None and says in read.unsupported
-    with pytest.raises(InputError, match="cannot be held"):
+    with pytest.raises(InputError, match="cannot be read"):
         read.scheme_for("a")

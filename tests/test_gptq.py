@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
+
 from quantkit import numerics
 from quantkit.algorithms import gptq, rtn
 from quantkit.errors import InputError
@@ -22,10 +24,14 @@ def layer(n: int, k: int, tokens: int, seed: int = 0) -> tuple[torch.Tensor, Sta
     return w, Stats(tokens, (x.T @ x) / tokens)
 
 
-def output_error(w: torch.Tensor, q: QuantizedTensor, stats: Stats) -> float:
+def gram(stats: Stats) -> torch.Tensor:
     assert stats.gram_KK is not None
+    return stats.gram_KK
+
+
+def output_error(w: torch.Tensor, q: QuantizedTensor, stats: Stats) -> float:
     d = w.double() - numerics.dequantize(q).double()
-    return float(((d @ stats.gram_KK.double()) * d).sum())
+    return float(((d @ gram(stats).double()) * d).sum())
 
 
 def textbook_gptq(w, scale, hessian, low, high, order, zero=None):
@@ -54,9 +60,9 @@ def textbook_gptq(w, scale, hessian, low, high, order, zero=None):
 def test_codes_equal_the_textbook_form_in_float64(act_order, symmetric, number, block_size):
     w, stats = layer(24, 48, 400)
     scheme = TensorScheme(number, "group", 16, symmetric)
-    options = gptq.Options(act_order=act_order, block_size=block_size)
+    options = gptq.Options(act_order=act_order, block_size=block_size, sweeps=0)
     q = gptq.quantize(w, scheme, stats, options=options, scale_dtype=torch.float32, notes=Notes())
-    hessian = stats.gram_KK.double()
+    hessian = gram(stats).double()
     order = torch.argsort(hessian.diagonal(), descending=True).tolist() if act_order == "static" else range(48)
     hessian += 0.01 * hessian.diagonal().mean() * torch.eye(48)
     fine = numerics.expand(q.qparams, scheme, w.shape)
@@ -78,11 +84,39 @@ def test_close_to_the_best_of_all_roundings():
     grid = torch.tensor(list(itertools.product(range(-2, 2), repeat=5)), dtype=torch.float64)
     scale = q.qparams.scale_NG.double()
     d = w.double()[:, None] - grid[None] * scale[:, None]
-    best = ((d @ stats.gram_KK.double()) * d).sum(-1).min(1).values.sum()
+    best = ((d @ gram(stats).double()) * d).sum(-1).min(1).values.sum()
     nearest = output_error(w, numerics.quantize(w, q.qparams, scheme), stats)
     found = output_error(w, q, stats)
     assert best <= found <= nearest
     assert found <= 1.5 * best
+
+
+@pytest.mark.parametrize("number", ["int4", "int3"])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_every_sweep_lowers_the_error_that_was_minimised(number, symmetric):
+    w, stats = layer(24, 64, 600)
+    scheme = TensorScheme(number, "group", 32, symmetric)
+    damped = gram(stats) + 0.01 * gram(stats).diagonal().mean() * torch.eye(64)
+    errors = []
+    for sweeps in range(4):
+        options = gptq.Options(sweeps=sweeps, block_size=24)
+        q = gptq.quantize(w, scheme, stats, options=options, scale_dtype=torch.bfloat16, notes=Notes())
+        assert q.qparams.scale_NG.dtype == torch.bfloat16 and bool((q.qparams.scale_NG > 0).all())
+        errors.append(output_error(w, q, Stats(600, damped)))
+    assert errors[0] > errors[1] > errors[2] >= errors[3]
+
+
+def test_a_sweep_ends_where_no_single_code_can_be_better():
+    """Brute force in float64: after enough sweeps, no code of any weight has a better neighbour."""
+    w, stats = layer(6, 16, 100, seed=5)
+    scheme = TensorScheme("int3", "channel")
+    options = gptq.Options(sweeps=60, dampening=1e-6)
+    q = gptq.quantize(w, scheme, stats, options=options, scale_dtype=torch.float32, notes=Notes())
+    found = output_error(w, q, stats)
+    for row, j, step in itertools.product(range(6), range(16), (-1, 1)):
+        codes = q.codes_NK.clone()
+        codes[row, j] = (codes[row, j] + step).clamp(-4, 3)
+        assert output_error(w, QuantizedTensor(codes, q.qparams, scheme), stats) >= found * (1 - 1e-5)
 
 
 def test_searched_scales_help_and_the_stored_scale_is_the_judged_one():
@@ -139,9 +173,9 @@ def test_a_hessian_that_cannot_be_factored_climbs_the_ladder_aloud():
 
 
 def test_missing_or_broken_statistics_are_refused():
-    w, stats = layer(4, 8, 100)
+    w, _ = layer(4, 8, 100)
     scheme = TensorScheme("int4", "channel")
-    kwargs = dict(options=gptq.Options(), scale_dtype=torch.float32, notes=Notes())
+    kwargs: dict[str, Any] = {"options": gptq.Options(), "scale_dtype": torch.float32, "notes": Notes()}
     with pytest.raises(InputError, match="needs calibration data"):
         gptq.quantize(w, scheme, None, **kwargs)
     with pytest.raises(InputError, match="NaN or Inf"):

@@ -21,6 +21,7 @@ LAYERS = (
     ("quantkit_kernels",),
     ("quantkit.types", "quantkit.errors"),
     (
+        "quantkit.presets",
         "quantkit.numerics",
         "quantkit.formats",
         "quantkit.stats",
@@ -35,7 +36,6 @@ LAYERS = (
         "quantkit.skeleton",
         "quantkit.blocks",
         "quantkit.calibration",
-        "quantkit.presets",
     ),
     ("quantkit.recipe*",),
     ("quantkit.plan", "quantkit.output", "quantkit.pipeline", "quantkit.runtime", "quantkit.inspection"),
@@ -248,10 +248,12 @@ def test_no_file_names_one_machine_or_unfinished_work() -> None:
 
 
 def test_documents_that_are_named_exist() -> None:
+    """In Markdown, where a name is a promise; in code it may be what a command writes."""
     names = {name.name for name in files()}
     wrong = [
         f"{name}:{number}: {found.group()}"
         for name, text in texts()
+        if name.suffix == ".md"
         for number, line in enumerate(text.splitlines(), 1)
         for found in DOCUMENT.finditer(line)
         if found.group(1) not in names

@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from quantkit import algorithms, strict_yaml
 from quantkit.errors import InputError
 from quantkit.presets import PRESETS
-from quantkit.recipe import Recipe, json_schema
+from quantkit.recipe import Gates, Recipe, json_schema
 from quantkit.recipe_errors import known_keys
 from quantkit.types import Scheme, TensorScheme
+from quantkit_eval.gate import GATES
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 SHORT = "model: m\nscheme: W4A16\n"
@@ -78,14 +79,12 @@ def test_forms_of_a_scheme(text: str, weights: TensorScheme) -> None:
         ("{preset: W8A16, group_size: channel}", "W8A16-channel"),
         ("{weights: {number: int4, group_size: 16, symmetric: false}}", "int4-g16-asym"),
         ("{weights: {number: int5}}", "int5-channel"),
+        ("none", "mixed"),
     ],
 )
 def test_labels_of_schemes(text: str, label: str) -> None:
-    assert Recipe.parse(f"model: m\nscheme: {text}\n").scheme.label == label
-
-
-def test_label_when_rules_decide() -> None:
-    assert Recipe.parse("model: m\nscheme: none\nrules: [{match: a, scheme: W4A16}]\n").scheme.label == "mixed"
+    rules = "rules: [{match: a, scheme: W4A16}]\n"
+    assert Recipe.parse(f"model: m\nscheme: {text}\n{rules}").scheme.label == label
 
 
 def test_forms_of_a_method() -> None:
@@ -204,7 +203,7 @@ def test_every_problem_is_listed_once_in_the_order_of_the_file() -> None:
             "method: expected one method, by name or as a mapping of its options; got gptq,",
         ),
         ("method: []", "method: expected one method, by name or as a mapping of its options; got []"),
-        ("method: {rtn: {scale_search: best}}", "method.rtn.scale_search: expected 'absmax' or 'mse', got 'best'"),
+        ("method: {rtn: {scale_search: best}}", "method.rtn.scale_search: expected 'absmax'"),
         ("method: {rtn: {scale_serach: mse}}", "unknown key method.rtn.scale_serach; did you mean scale_search?"),
         ("method: {gptq: {dampening: '0.1'}}", "method.gptq.dampening: expected a number, got '0.1'"),
         ("export: {format: compressed-tensor}", "unknown format compressed-tensor; did you mean compressed-tensors?"),
@@ -306,18 +305,14 @@ def test_overrides(overrides: list[str], path: tuple[str | int, ...], value: Any
         ("calibration.samples", "expected path.to.key=value"),
         ("calibration..samples=1", "expected path.to.key=value"),
         ("=1", "expected path.to.key=value"),
+        ("model={: ", "not valid YAML"),
     ],
 )
 def test_bad_overrides_name_themselves(override: str, expected: str) -> None:
     text = f"{SHORT}method: rtn\nrules:\n- {{match: a, scheme: none}}\ncalibration: {{samples: 3, length: 9}}\n"
     (found,) = refused(text, override)
-    assert found.startswith(f"--set {override}: ")
+    assert found.startswith(f"--set {override}:")
     assert expected in found
-
-
-def test_an_override_with_broken_yaml_names_itself() -> None:
-    (found,) = refused(SHORT, "model=[")
-    assert found.startswith("--set model=[:1:")
 
 
 def test_overrides_leave_the_input_alone() -> None:
@@ -368,6 +363,10 @@ def test_rules_alone_may_choose_what_is_quantized() -> None:
 def test_rules_that_match_nothing_are_given_back() -> None:
     rules = "[{match: down_proj, scheme: none}, {match: 're:layers', scheme: none}, {match: '*.10.*', scheme: none}]"
     assert assigned(rules) == ([W4, W4, None, None], ["down_proj", "re:layers"])
+
+
+def test_a_recipe_may_set_every_gate_that_there_is() -> None:
+    assert list(Gates.model_fields) == list(GATES)
 
 
 # The schema

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from quantkit.hub import resolve
 
 BASE: dict[str, Any] = {
@@ -36,7 +37,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jin
 
 
 def save(folder: Path, kind: str = "llama", *, seed: int = 0, shard: str = "5GB", **changes: Any) -> Path:
-    """Writes a random bfloat16 model of an architecture, with the embedded model's tokenizer, and returns the folder."""
+    """Writes a random bfloat16 model of an architecture, with the embedded model's tokenizer."""
     import transformers
 
     name, own = ARCHITECTURES[kind]

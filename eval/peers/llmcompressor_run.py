@@ -6,9 +6,10 @@ Runs in a virtual environment of its own, because the peer pins older transforme
     peer/bin/pip install torch==2.13.0 llmcompressor==0.14.0.1
     peer/bin/python eval/peers/llmcompressor_run.py --model DIR --data rows.jsonl --method gptq --scheme W4A16 --out DIR
 
-The peer's defaults are kept (its scale search, GPTQ's damping 0.01 and static activation order). Given are only what the
-comparison fixes: the linears (every one but lm_head), the scheme, and the calibration rows: the documents of `--data` in
-file order, each followed by EOS, concatenated and cut into rows of `--length` tokens, the first `--samples`.
+The peer's defaults are kept (scales from the absolute maximum, GPTQ's damping 0.01 and static activation order), but
+`--observer memoryless_mse` turns its scale search on. Given are only what the comparison fixes: the linears (every one
+but lm_head), the scheme, and the calibration rows: the documents of `--data` in file order, each followed by EOS,
+concatenated and cut into rows of `--length` tokens, the first `--samples`.
 The last line printed is a JSON object with the versions that ran. Imports nothing of quantkit.
 """
 

@@ -1,7 +1,7 @@
 """How far a quantized model is from its original, measured on the same windows.
 
     KL          sum_v p(v) log(p(v) / q(v)) in nats, p the original's next-token distribution, q the quantized one's;
-                at every position of every window. 0 = the same model; for 4 bits, .01-.03 is good at 8B, more for small models
+                at every position of every window. 0 = the same; .01-.03 is a good 4-bit 8B model, smaller lose more
     perplexity  exp(mean negative log-likelihood of tokens 2 to L of each window)
     top-1       share of positions at which both models find the same token likeliest
 Logarithms of the softmax are float32 (the models may be bfloat16), sums over positions float64.
@@ -132,7 +132,9 @@ def _check(model: Any, which: str, windows_WL: torch.Tensor) -> int:
     vocabulary = _vocabulary(model)
     largest = int(windows_WL.max())
     if largest >= vocabulary or int(windows_WL.min()) < 0:
-        raise InputError(f"token id {largest} is outside the {which} model's vocabulary of {vocabulary}; wrong tokenizer?")
+        raise InputError(
+            f"token id {largest} is outside the {which} model's vocabulary of {vocabulary}; wrong tokenizer?"
+        )
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if positions is not None and windows_WL.shape[1] > positions:
         raise InputError(
@@ -195,7 +197,7 @@ def _nll(logp_RV: torch.Tensor, targets_R: torch.Tensor) -> torch.Tensor:
 def _measure(
     logits_p: torch.Tensor, logits_q: torch.Tensor, ids_BL: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
-    """Logits (B, L, V) of both models -> KL (B, L), both NLLs (B, L - 1), float64 on the CPU, and the top-1 agreements."""
+    """Logits (B, L, V) of both models -> KL (B, L), both NLLs (B, L - 1), float64 on the CPU, and top-1 agreements."""
     targets = ids_BL.roll(-1, 1)  # the last position has no next token: its column of NLL is cut off below
     kl, nll_p, nll_q, same = [], [], [], 0
     chunks_p, chunks_t = _row_chunks(logits_p, targets)

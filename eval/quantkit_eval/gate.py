@@ -65,7 +65,7 @@ def check(comparison: Comparison, gates: Mapping[str, float]) -> list[GateResult
 
 
 def worst_layers(layers: Sequence[Mapping[str, Any]], n: int = 3) -> list[Mapping[str, Any]]:
-    """The `n` layers with the largest "relative_error", worst first; NaN is the worst, layers without an error are left out.
+    """The `n` layers with the largest "relative_error", worst first. NaN is the worst; layers without one are left out.
 
     layers  as in quantkit.json: {"name", "scheme", "bits_per_weight", "relative_error", "notes"}
     """
@@ -79,7 +79,7 @@ def worst_layers(layers: Sequence[Mapping[str, Any]], n: int = 3) -> list[Mappin
 
 
 def failure_message(results: Sequence[GateResult], worst: Sequence[Mapping[str, Any]]) -> str:
-    """One paragraph: the gates that failed with figure and limit, the worst layers, and what to try. "" if all passed."""
+    """One paragraph: which gates failed by what figures, the worst layers, what to try; "" if all passed."""
     failed = [result for result in results if not result.passed]
     if not failed:
         return ""
@@ -93,5 +93,7 @@ def failure_message(results: Sequence[GateResult], worst: Sequence[Mapping[str, 
         layers = ", ".join(f"{w['name']} ({w.get('scheme')}) {float(w['relative_error']):.3g}" for w in worst)
         parts.append(f"Layers with the largest relative error: {layers}.")
         keep = f"a rule {{match: {worst[0]['name']}, scheme: W8A16}}, and the same for the others named"
-    parts.append(f"Try a finer group (group_size 64 or 32), {keep}, another method (gptq instead of rtn), or more bits.")
+    parts.append(
+        f"Try a finer group (group_size 64 or 32), {keep}, another method (gptq instead of rtn), or more bits."
+    )
     return " ".join(parts)

@@ -17,8 +17,8 @@ SENTENCE_END = re.compile(r"(?<!\be\.g)(?<!\bi\.e)[.!?][\"')\]]*(?=\s|$)")
 def continuation(model: Any, tokenizer: PreTrainedTokenizerBase, prompt: str, max_new_tokens: int = 48) -> str:
     """How the model goes on after `prompt`: its likeliest tokens (greedy), cut after the first sentence, on one line.
 
-    Without a stop in `max_new_tokens` tokens the last, perhaps halved, word goes and "..." ends the text. Sampling settings
-    of the model's generation_config are not used; the same model and prompt always give the same text.
+    Without a stop in `max_new_tokens` tokens the last, perhaps halved, word goes and "..." ends the text. Sampling
+    settings of the model's generation_config are not used: the same model and prompt always give the same text.
     Raises InputError for an empty prompt.
     """
     encoded = tokenizer(prompt, return_tensors="pt", add_special_tokens=True)
@@ -48,7 +48,7 @@ def continuation(model: Any, tokenizer: PreTrainedTokenizerBase, prompt: str, ma
 
 
 def first_sentence(text: str, *, ended: bool) -> str:
-    """The first sentence of `text`, white space collapsed. `ended`: the text stops by itself, its last word is whole."""
+    """The first sentence of `text`, white space collapsed. `ended`: it stops by itself, its last word is whole."""
     line = " ".join(text.split())
     stop = SENTENCE_END.search(line)
     if stop:

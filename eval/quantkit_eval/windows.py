@@ -1,8 +1,8 @@
 """Held-out text as windows of tokens, always the same ones.
 
-The documents are shuffled by `random.Random(seed)`, each is tokenized without special tokens and followed by EOS, all are
-concatenated and cut into windows of `length` tokens; the rest is left out. Shuffled, the first `count` windows are a sample
-of the whole text; windows, not tokens, are the unit of every statistic: tokens of one document depend on each other.
+The documents are shuffled by `random.Random(seed)`, each is tokenized without special tokens and followed by EOS, all
+are concatenated and cut into windows of `length` tokens; the rest is left out. Shuffled, the first `count` windows are
+a sample of the whole text. Windows, not tokens, are the unit of every statistic: tokens of a document are alike.
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ def heldout_windows(
         raise InputError(f"windows need a length of at least 2 and a count of at least 1; got {length} and {count}")
     eos = tokenizer.eos_token_id
     if eos is None:
-        raise InputError("the tokenizer has no EOS token to put between documents; set eos_token in tokenizer_config.json")
+        raise InputError(
+            "the tokenizer has no EOS token to put between documents; set eos_token in tokenizer_config.json"
+        )
     shuffled = list(texts)
     random.Random(seed).shuffle(shuffled)
     wanted = None if count is None else count * length
@@ -48,8 +50,8 @@ def heldout_windows(
     found = len(ids) // length
     if found == 0:
         raise InputError(
-            f"the validation text has {len(ids)} tokens in {len(shuffled)} documents, less than one window of {length}; "
-            "give more text or a smaller length"
+            f"the validation text has {len(ids)} tokens in {len(shuffled)} documents, less than one window of "
+            f"{length}; give more text or a smaller length"
         )
     if count is not None and found < count:
         warn(f"the validation text has {found} windows of {length} tokens, {count} were asked for; using {found}")

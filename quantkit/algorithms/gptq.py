@@ -22,6 +22,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from quantkit import numerics
+from quantkit.algorithms._refine import refine
 from quantkit.errors import InputError
 from quantkit.types import Notes, QParams, QuantizedTensor, Stats, TensorScheme
 
@@ -35,12 +36,16 @@ class Options(BaseModel):
 
     act_order: Literal["none", "static"] = Field(
         "static",
-        description="Order of the columns: none as stored, static by falling diag(H). Groups stay as stored either way.",
+        description="Order of the columns: none as stored, static by falling diag(H). Groups stay as stored.",
     )
     dampening: float = Field(0.01, gt=0, le=1, description="Added to diag(H), as a fraction of its mean.")
-    scale_search: Literal["absmax", "mse", "diagh"] = Field(
+    scale_search: Literal["absmax", "mse", "diagh", "ocp", "even", "rceil", "four_six"] = Field(
         "diagh",
-        description="How scales are chosen before the loop: absmax, least squared error, or that weighted by diag(H).",
+        description="How scales are chosen before the loop: absmax, least squared error, or that weighted by diag(H). "
+        "MX formats also have ocp, even and rceil, nvfp4 has four_six.",
+    )
+    sweeps: int = Field(
+        2, ge=0, le=100, description="Rounds of least-squares scales and coordinate descent on the codes afterwards."
     )
     block_size: int = Field(128, ge=1, description="Columns a block; changes speed, not codes.")
 
@@ -70,14 +75,17 @@ def quantize(
     search = "mse" if options.scale_search == "diagh" else options.scale_search
     importance = _importance(diagonal) if options.scale_search == "diagh" else None
     qparams = number.qparams(w, scheme, scale_dtype=scale_dtype, search=search, importance_K=importance)
-    order = None
-    if options.act_order == "static":
-        order = torch.argsort(diagonal, descending=True, stable=True)
-        hessian = hessian[order][:, order]
-    factor = _factor(hessian, options.dampening, notes)
-    if factor is None:
+    order = torch.argsort(diagonal, descending=True, stable=True) if options.act_order == "static" else None
+    factored = _factor(hessian if order is None else hessian[order][:, order], options.dampening, notes)
+    if factored is None:
         return numerics.quantize(w, qparams, scheme)
-    return QuantizedTensor(_columns(w, qparams, scheme, factor, order, options.block_size), qparams, scheme)
+    factor, added = factored
+    q = QuantizedTensor(_columns(w, qparams, scheme, factor, order, options.block_size), qparams, scheme)
+    if options.sweeps:
+        damped = _revived(hessian)
+        damped.diagonal().add_(added)
+        q = refine(w, q, damped, sweeps=options.sweeps, block_size=options.block_size)
+    return q
 
 
 def _importance(diagonal: torch.Tensor) -> torch.Tensor:
@@ -86,34 +94,41 @@ def _importance(diagonal: torch.Tensor) -> torch.Tensor:
     return diagonal.clamp(min=float(live.min()) if live.numel() else 1.0)
 
 
-def _factor(hessian: torch.Tensor, dampening: float, notes: Notes) -> torch.Tensor | None:
-    """M of H + λI = M D Mᵀ, unit upper triangular; None when H cannot be factored at all.
+def _revived(hessian: torch.Tensor) -> torch.Tensor:
+    """A copy with H_jj = 1 for channels that never fired: they neither give nor take corrections."""
+    copy = hessian.clone()
+    diagonal = copy.diagonal()
+    diagonal.copy_(torch.where(diagonal <= 0, torch.ones_like(diagonal), diagonal))
+    return copy
+
+
+def _factor(hessian: torch.Tensor, dampening: float, notes: Notes) -> tuple[torch.Tensor, float] | None:
+    """M of H + λI = M D Mᵀ, unit upper triangular, and λ; None when H cannot be factored at all.
 
     A ladder, each step told in `notes`: the wanted dampening, ten times more up to 1, the same in float64.
-    Channels without any activation get H_jj = 1: they neither give nor take corrections.
     """
     diagonal = hessian.diagonal()
     dead = diagonal <= 0
     if bool(dead.any()):
-        notes.add(f"{int(dead.sum())} of {len(dead)} input channels are zero on all calibration tokens; rounded to nearest")
+        notes.add(
+            f"{int(dead.sum())} of {len(dead)} input channels are zero on all calibration tokens; rounded to nearest"
+        )
     mean = diagonal[~dead].mean() if bool((~dead).any()) else torch.ones((), device=hessian.device)
-    damped = hessian.clone()
-    damped.diagonal().copy_(torch.where(dead, torch.ones_like(diagonal), diagonal))
     # A product of flips turns the upper factor that is wanted into the lower one that Cholesky gives.
-    damped = damped.flip(0, 1)
+    damped = _revived(hessian).flip(0, 1)
     ladder = [dampening]
     while ladder[-1] < 1:
         ladder.append(min(1.0, ladder[-1] * 10))
     for dtype in (torch.float32, torch.float64):
         for step in ladder:
-            trial = damped.to(dtype)
+            trial = damped.to(dtype, copy=True)
             trial.diagonal().add_(step * mean.to(dtype))
             lower, info = torch.linalg.cholesky_ex(trial)
             if int(info) == 0 and bool(torch.isfinite(lower.diagonal()).all()):
                 if step != dampening or dtype != torch.float32:
                     notes.add(f"H was not positive definite; factored with dampening {step:g} in {dtype}")
                 upper = lower.flip(0, 1)
-                return (upper / upper.diagonal()).float()
+                return (upper / upper.diagonal()).float(), step * float(mean)
     notes.add("H could not be factored at any dampening; rounded to nearest with searched scales")
     return None
 

@@ -22,8 +22,10 @@ class Options(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    scale_search: Literal["absmax", "mse"] = Field(
-        "mse", description="How scales are chosen: absmax spans the largest weight, mse has the least squared error."
+    scale_search: Literal["absmax", "mse", "ocp", "even", "rceil", "four_six"] = Field(
+        "mse",
+        description="How scales are chosen: absmax spans the largest weight, mse has the least squared error. "
+        "MX formats also have ocp, even and rceil, nvfp4 has four_six.",
     )
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from typing import cast
+from collections.abc import Mapping
+from typing import Any, cast
 
 from quantkit.errors import InputError
 from quantkit.types import Format
@@ -20,3 +21,31 @@ def get(name: str) -> Format:
     if name not in names():
         raise InputError(f"unknown checkpoint format {name!r}; known: {', '.join(names())}")
     return cast(Format, importlib.import_module(f"{__name__}.{name.replace('-', '_')}"))
+
+
+def by_method(quant_method: str) -> Format:
+    """The format of a `quant_method`, as configs name it: "fp8" is fp8-block. Raises InputError with the known ones."""
+    modules = [get(name) for name in names()]
+    for module in modules:
+        if quant_method == module.QUANT_METHOD:
+            return module
+    known = ", ".join(module.QUANT_METHOD for module in modules)
+    raise InputError(f"checkpoints of quant_method {quant_method!r} are not known; known: {known}")
+
+
+def quantization_config(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The part of a model's config.json that says how it is quantized; None when it is not.
+
+    Engines look in the same places: `quantization_config`, also inside `text_config` for multimodal models, and
+    `compression_config`, the name that compressed-tensors began with, which may hold a `quantization_config` itself.
+    """
+    text = config.get("text_config")
+    places = [config, text] if isinstance(text, Mapping) else [config]
+    for place in places:
+        for key in ("quantization_config", "compression_config"):
+            found = place.get(key)
+            if isinstance(found, Mapping):
+                inner = found.get("quantization_config")
+                found = inner if isinstance(inner, Mapping) else found
+                return {"quant_method": "compressed-tensors", **found} if key == "compression_config" else dict(found)
+    return None

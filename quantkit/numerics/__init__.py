@@ -32,6 +32,13 @@ def get(number: str) -> ModuleType:
     return formats[number]
 
 
+def check_search(number: str, search: str) -> None:
+    """Raises InputError, with the known names, when a number format has no such way of choosing scales."""
+    known = get(number).SEARCHES
+    if search not in known:
+        raise InputError(f"{number} has no scale search {search!r}; known: {', '.join(known)}")
+
+
 def quantize(w_NK: torch.Tensor, qparams: QParams, scheme: TensorScheme) -> QuantizedTensor:
     """Rounds each weight to the nearest code under the given scales (N, K) -> QuantizedTensor."""
     return QuantizedTensor(get(scheme.number).encode(w_NK, qparams, scheme), qparams, scheme)
@@ -55,6 +62,11 @@ def groups(scheme: TensorScheme, k: int) -> int:
     return k // scheme.group_size
 
 
+def e8m0(scale: torch.Tensor) -> torch.Tensor:
+    """2^(scale - 127) of an MX scale, uint8 -> float32; 255 is NaN. Exact also for 0, whose value is subnormal."""
+    return scale.view(torch.float8_e8m0fnu).float()
+
+
 def expand(qparams: QParams, scheme: TensorScheme, shape: torch.Size | tuple[int, ...]) -> QParams:
     """The same scales, one a weight: float32 (N, K), the global scale divided in. A no-op when already so.
 
@@ -65,7 +77,7 @@ def expand(qparams: QParams, scheme: TensorScheme, shape: torch.Size | tuple[int
     scale = qparams.scale_NG
     if tuple(scale.shape) == (n, k) and scale.dtype == torch.float32 and qparams.global_scale is None:
         return qparams
-    value = torch.exp2(scale.float() - 127) if scale.dtype == torch.uint8 else scale.float()
+    value = e8m0(scale) if scale.dtype == torch.uint8 else scale.float()
     if qparams.global_scale is not None:
         value = value / qparams.global_scale
     rows, cols = scheme.block_shape if scheme.strategy == "block" and scheme.block_shape else (1, -1)

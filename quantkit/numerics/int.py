@@ -17,13 +17,13 @@ import torch
 
 from quantkit import numerics
 from quantkit.errors import InputError
+from quantkit.numerics._tiles import pick_scales, squared_error
 from quantkit.types import QParams, TensorScheme
 
 NUMBERS = ("int2", "int3", "int4", "int5", "int6", "int7", "int8")
+SEARCHES = ("absmax", "mse")
 
 SHRINK_STEP, SHRINK_COUNT = 0.02, 32  # candidates s0 * (1 - 0.02 i), i < 32
-# Elements of w judged at once: what stays in a CPU's cache is judged several times faster; a GPU wants many at a time.
-SEARCH_ELEMENTS = {"cpu": 1 << 17, "cuda": 1 << 25}
 
 
 def bits(scheme: TensorScheme) -> int:
@@ -52,26 +52,16 @@ def qparams(
     search        "absmax" or "mse", see the module's docstring
     importance_K  (K,) float, weight of each column's squared error in "mse"; None counts all alike
     Returns QParams with scale (N, G) in `scale_dtype` and zero (N, G) int8, or None when symmetric.
-    Raises InputError for a strategy or group size that does not fit.
+    Raises InputError for a strategy or group size that does not fit, NaN or Inf.
     """
-    if search not in ("absmax", "mse"):
-        raise InputError(f"unknown scale search {search!r}; known: absmax, mse")
-    n, k = w_NK.shape
-    if scheme.strategy == "tensor":
-        everywhere = None if importance_K is None else importance_K.repeat(n)[None]
-        return _qparams_rows(w_NK.float().reshape(1, -1), scheme, scale_dtype, search, everywhere)
-    if scheme.strategy not in ("channel", "group"):
+    numerics.check_search(scheme.number, search)
+    if scheme.strategy not in ("tensor", "channel", "group"):
         raise InputError(f"{scheme.number} has no scale per {scheme.strategy}; use tensor, channel or group")
-    g = numerics.groups(scheme, k)
-    rows = max(1, SEARCH_ELEMENTS.get(w_NK.device.type, 1 << 20) // k)
-    parts = []
-    for start in range(0, n, rows):
-        w = w_NK[start : start + rows].float().reshape(-1, k // g)
-        weight = None if importance_K is None else importance_K.reshape(g, k // g).repeat(w.shape[0] // g, 1)
-        parts.append(_qparams_rows(w, scheme, scale_dtype, search, weight))
-    scale = torch.cat([p.scale_NG for p in parts]).reshape(n, g)
-    zeros = [p.zero_NG for p in parts if p.zero_NG is not None]
-    return QParams(scale, torch.cat(zeros).reshape(n, g) if zeros else None)
+
+    def pick(w: torch.Tensor, importance: torch.Tensor | None) -> QParams:
+        return _qparams_rows(w, scheme, scale_dtype, search, importance)
+
+    return pick_scales(w_NK, scheme, importance_K, pick)
 
 
 def _qparams_rows(
@@ -96,7 +86,9 @@ def _qparams_rows(
     return QParams(scale, zero)
 
 
-def _candidate(low: torch.Tensor, high: torch.Tensor, shrink: float, scheme: TensorScheme, dtype: torch.dtype) -> QParams:
+def _candidate(
+    low: torch.Tensor, high: torch.Tensor, shrink: float, scheme: TensorScheme, dtype: torch.dtype
+) -> QParams:
     """The scale that spans [low, high] * shrink, rounded to its stored dtype, and the zero point that goes with it."""
     code_min, code_max = limits(scheme)
     if scheme.symmetric:
@@ -109,20 +101,17 @@ def _candidate(low: torch.Tensor, high: torch.Tensor, shrink: float, scheme: Ten
     if scheme.symmetric:
         return QParams(scale)
     zero = (code_min - low * shrink / scale.float()).round().clamp(code_min, code_max)
-    return QParams(scale, zero.to(torch.int8))
+    return QParams(scale, torch.where(span == 0, 0, zero).to(torch.int8))
 
 
 def _error(w: torch.Tensor, q: QParams, scheme: TensorScheme, weight: torch.Tensor | None) -> torch.Tensor:
-    """Sum over each row of the squared rounding error, in place on one buffer: this is the loop that costs."""
+    """Sum over each row of the squared rounding error, in place on one buffer."""
     scale = q.scale_NG.float()
     zero = None if q.zero_NG is None else q.zero_NG.float()
     error = _nearest(w, scale, zero, scheme)
     if zero is not None:
         error.sub_(zero)
-    error.mul_(scale).sub_(w).square_()
-    if weight is not None:
-        error.mul_(weight)
-    return error.sum(1, keepdim=True)
+    return squared_error(error.mul_(scale), w, weight)
 
 
 def _nearest(w: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, scheme: TensorScheme) -> torch.Tensor:

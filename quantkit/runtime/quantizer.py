@@ -22,7 +22,7 @@ from transformers.utils import quantization_config as stock
 from transformers.utils.import_utils import is_compressed_tensors_available
 
 from quantkit.errors import InputError, MissingError
-from quantkit.formats.compressed_tensors import ReadConfig, read_config
+from quantkit.formats.compressed_tensors import ReadConfig, not_packed, read_config
 from quantkit.runtime.linear import PackedLinear
 from quantkit.types import Scheme
 
@@ -88,8 +88,8 @@ class PackedQuantizer(CompressedTensorsHfQuantizer):
         self.packed, self.use_fp8_kernel = True, False
         if quantization_config.dequantize:
             self._fall_back("dequantize=True asks for dense weights")
-        elif self.read.unsupported is not None:
-            self._fall_back(self.read.unsupported)
+        elif (reason := not_packed(self.read)) is not None:
+            self._fall_back(reason)
 
     def _fall_back(self, reason: str) -> None:
         """From here on this is transformers' own quantizer. Raises MissingError when that lacks its package."""
@@ -117,6 +117,7 @@ class PackedQuantizer(CompressedTensorsHfQuantizer):
                 return
             self._fall_back(reason)
         super()._process_model_before_weight_loading(model, **kwargs)
+        _follow_dtype(model)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> Any:
         if not self.packed:
@@ -158,6 +159,23 @@ class PackedQuantizer(CompressedTensorsHfQuantizer):
         # transformers defines it as a property in one class and as a method in the other
         stock_says = False if self.packed else super().is_qat_trainable
         return bool(stock_says() if callable(stock_says) else stock_says)
+
+
+def _follow_dtype(model: nn.Module) -> None:
+    """Gives weights that the library has decompressed the model's dtype.
+
+    At the first forward it makes MX and NVFP4 weights bfloat16, whatever the model is, which in a float32 model cannot
+    be multiplied. Its hook for that is there already, so this one comes after it.
+    """
+
+    def cast(module: nn.Module, args: Any) -> None:
+        handle.remove()
+        dtype: torch.dtype = module.dtype  # type: ignore[assignment]
+        for linear in module.modules():
+            if isinstance(linear, nn.Linear) and hasattr(linear, "quantization_scheme"):
+                linear.weight.data = linear.weight.data.to(dtype)
+
+    handle = model.register_forward_pre_hook(cast)
 
 
 def _packed_like(name: str, linear: nn.Module, scheme: Scheme) -> PackedLinear:
