@@ -135,7 +135,9 @@ def _check(name: str, shape: tuple[int, int], dtype: str, scheme: Scheme, recipe
         if scheme.activations is not None:
             numerics.get(scheme.activations.number)
             if scheme.calibrates_input and not scheme.activations.symmetric:
-                raise InputError("static activations with a zero point cannot be calibrated; make them symmetric or dynamic")
+                raise InputError(
+                    "static activations with zero points cannot be calibrated; make them symmetric or dynamic"
+                )
         formats.get(recipe.export.format).tensors(shape, scheme, dtype)
     except InputError as e:
         raise InputError(

@@ -96,9 +96,7 @@ class WeightSpec(NumberSpec):
 
     def resolve(self) -> TensorScheme:
         """The scheme that this stands for."""
-        return TensorScheme(
-            self.number, self.strategy, self.group_size, self.symmetric, block_shape=self.block_shape
-        )
+        return TensorScheme(self.number, self.strategy, self.group_size, self.symmetric, block_shape=self.block_shape)
 
 
 class ActivationSpec(NumberSpec):
@@ -135,7 +133,7 @@ class ActivationSpec(NumberSpec):
 
 
 class SchemeSpec(Part):
-    """`W4A16`, `none`, `{preset: W4A16, group_size: 64}` or `{weights: {number: int8}, activations: {number: int8}}`."""
+    """`W4A16`, `none`, `{preset: W4A16, group_size: 64}`, `{weights: {number: int8}, activations: {number: int8}}`."""
 
     preset: str | None = Field(
         default=None,

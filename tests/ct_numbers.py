@@ -1,4 +1,4 @@
-"""compressed-tensors as an oracle: the scales, zero points and codes that the library gives a tensor, in its own dtypes."""
+"""compressed-tensors as an oracle: the scales, zero points and codes that the library gives a tensor."""
 
 from __future__ import annotations
 
@@ -44,9 +44,7 @@ def extremes(w: torch.Tensor, scheme: TensorScheme) -> tuple[torch.Tensor, torch
     return groups.amin(-1), groups.amax(-1)
 
 
-def qparams(
-    w: torch.Tensor, scheme: TensorScheme
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+def qparams(w: torch.Tensor, scheme: TensorScheme) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """Scale, zero point (None when symmetric) and global scale (None but for NVFP4)."""
     low, high = extremes(w, scheme)
     whole = generate_gparam(w.min(), w.max()) if scheme.number == "nvfp4" else None

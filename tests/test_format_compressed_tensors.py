@@ -196,7 +196,13 @@ SCHEMES: dict[str, dict[str, Scheme | None]] = {
     "channel": {"a.q": W8, "router": None, "lm_head": None},
     "tensor": {"a.q": W3_TENSOR},
     "several": {"z.up": W4, "a.q": W8, "b.down": W4_ASYM, "a.k": W4, "lm_head": None, "router": None},
-    "mixed": {"a.q": W4, "a.up": PRESETS["FP8_BLOCK"], "a.down": PRESETS["NVFP4"], "a.gate": W8A8_STATIC, "lm_head": None},
+    "mixed": {
+        "a.q": W4,
+        "a.up": PRESETS["FP8_BLOCK"],
+        "a.down": PRESETS["NVFP4"],
+        "a.gate": W8A8_STATIC,
+        "lm_head": None,
+    },
     **{name: {"a.q": preset, "lm_head": None} for name, preset in PRESETS.items()},
 }
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given as examples
+from hypothesis import settings
 from hypothesis import strategies as st
 from library_layers import (
     inputs,
@@ -118,17 +121,19 @@ def test_every_format_of_the_library_is_held() -> None:
     assert {layout for _, _, layout in CASES.values()} == set(ct.LAYOUTS)
 
 
-# round trips, whatever the codes ------------------------------------------------------------------------------------------
+# round trips, whatever the codes -------------------------------------------------------------------------------------
 
 
 @st.composite
 def layers(draw: st.DrawFn) -> tuple[Scheme, QuantizedTensor]:
     """A layer with random codes under random scales, of any shape that its number format has."""
-    number = draw(st.sampled_from([f"int{b}" for b in range(2, 9)] + ["fp8_e4m3", "mxfp8_e4m3", "mxfp6_e2m3", "mxfp4", "nvfp4"]))
+    number = draw(
+        st.sampled_from([f"int{b}" for b in range(2, 9)] + ["fp8_e4m3", "mxfp8_e4m3", "mxfp6_e2m3", "mxfp4", "nvfp4"])
+    )
     integer, fixed = number.startswith("int"), {"nvfp4": 16, "fp8_e4m3": 0}.get(number, 32)
     n, groups = draw(st.integers(1, 70)), draw(st.integers(1, 6))
     if integer or number == "fp8_e4m3":
-        strategy = draw(st.sampled_from(["tensor", "channel", "group"] + ([] if integer else ["block"])))
+        strategy: Any = draw(st.sampled_from(["tensor", "channel", "group"] + ([] if integer else ["block"])))
         size = draw(st.sampled_from([1, 3, 8, 24, 32, 50])) if strategy == "group" else None
         k = groups * size if size else draw(st.integers(1, 150))
         symmetric = not integer or draw(st.booleans())
@@ -163,7 +168,7 @@ def layers(draw: st.DrawFn) -> tuple[Scheme, QuantizedTensor]:
 
 
 @settings(deadline=None, max_examples=150)
-@given(layers())
+@examples(layers())
 def test_round_trips_are_exact_and_the_library_agrees(layer: tuple[Scheme, QuantizedTensor]) -> None:
     scheme, q = layer
     tensors = ct.pack(q, scheme.activations)
@@ -181,7 +186,7 @@ def test_round_trips_are_exact_and_the_library_agrees(layer: tuple[Scheme, Quant
     assert same_bytes(again.codes_NK, q.codes_NK) and again.scheme == scheme.weights
 
 
-# what is chosen, and what is refused ----------------------------------------------------------------------------------------
+# what is chosen, and what is refused ---------------------------------------------------------------------------------
 
 
 def test_w4afp8_is_packed_because_vllms_kernel_takes_nothing_else() -> None:
@@ -326,7 +331,7 @@ def test_pack_refuses_codes_and_scales_that_do_not_fit() -> None:
         ct.pack(QuantizedTensor(q.codes_NK, QParams(q.qparams.scale_NG), nv))
     fp8 = PRESETS["FP8_DYNAMIC"]
     q = quantized(random_weight((4, 128)), fp8.weights)
-    with pytest.raises(InputError, match="codes are torch.float32, not torch.float8_e4m3fn"):
+    with pytest.raises(InputError, match=r"codes are torch\.float32, not torch\.float8_e4m3fn"):
         ct.pack(QuantizedTensor(q.codes_NK.float(), q.qparams, fp8.weights), fp8.activations)
 
 
@@ -342,7 +347,7 @@ def test_a_calibrated_scale_must_be_given(preset: str) -> None:
         ct.unpack_input({}, scheme.activations)
 
 
-# the KV cache ---------------------------------------------------------------------------------------------------------------
+# the KV cache --------------------------------------------------------------------------------------------------------
 
 KV_TENSOR, KV_HEAD = TensorScheme("fp8_e4m3", "tensor"), TensorScheme("fp8_e4m3", "head")
 
@@ -357,7 +362,9 @@ def test_scales_of_a_kv_cache(scheme: TensorScheme, shape: tuple[int, ...]) -> N
         assert same_bytes(back, given.reshape(shape))
 
 
-@pytest.mark.parametrize("names", [("k_proj.output_scale", "v_proj.output_scale"), ("k_proj.k_scale", "v_proj.v_scale")])
+@pytest.mark.parametrize(
+    "names", [("k_proj.output_scale", "v_proj.output_scale"), ("k_proj.k_scale", "v_proj.v_scale")]
+)
 def test_older_names_of_the_scales_of_a_kv_cache(names: tuple[str, str]) -> None:
     tensors = {name: torch.tensor(0.5) for name in names}
     assert ct.unpack_kv(tensors, KV_TENSOR) == (torch.tensor([0.5]), torch.tensor([0.5]))

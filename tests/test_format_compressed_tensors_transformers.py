@@ -132,7 +132,7 @@ def test_a_folder_that_the_library_wrote_is_read(preset: str, tmp_path: Path) ->
         assert (weight - original).norm() / original.norm() < 0.12, name
 
 
-# the mixed checkpoint -------------------------------------------------------------------------------------------------------
+# the mixed checkpoint ------------------------------------------------------------------------------------------------
 
 MIXED = {name: PRESETS["FP8_DYNAMIC" if "self_attn" in name else "W4A16"] for name in LINEARS}
 MIXED[LINEARS[-1]] = PRESETS["NVFP4A16"]
@@ -155,7 +155,7 @@ def test_stock_transformers_cannot_dequantize_mixed_precision_while_loading(tmp_
         AutoModelForCausalLM.from_pretrained(folder, quantization_config=CompressedTensorsConfig(dequantize=True))
 
 
-# what is known to fail --------------------------------------------------------------------------------------------------------
+# what is known to fail -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.usefixtures("stock")
@@ -204,7 +204,7 @@ def test_stock_transformers_cannot_run_fp8_block_with_a_width_that_128_does_not_
     assert load_file(rows / "model.safetensors")[f"{LINEARS[-2]}.weight_scale"].shape == (3, 1)
 
 
-# the KV cache -------------------------------------------------------------------------------------------------------------------
+# the KV cache --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.usefixtures("stock")

@@ -397,3 +397,48 @@ def test_registry() -> None:
     assert formats.by_method("mxfp4") is formats.get("gpt-oss")
     with pytest.raises(InputError, match=r"'bitsandbytes' are not known; known: .*modelopt"):
         formats.by_method("bitsandbytes")
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-2, 130) | st.sampled_from(["lm_head", "re:(", "+:(", "FP8", "gptq"]),
+    lambda inner: (
+        st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from(["a", "-:a", "weights"]), inner, max_size=2)
+    ),
+    max_leaves=4,
+)
+KEYS = {
+    "gptq": ["bits", "group_size", "sym", "dynamic", "meta", "lm_head", "modules_in_block_to_quantize", "pack_dtype"],
+    "awq": ["bits", "group_size", "zero_point", "version", "modules_to_not_convert", "lm_head"],
+    "fp8-block": [
+        "weight_block_size",
+        "fmt",
+        "activation_scheme",
+        "scale_fmt",
+        "modules_to_not_convert",
+        "ignored_layers",
+    ],
+    "modelopt": [
+        "quant_algo",
+        "group_size",
+        "config_groups",
+        "ignore",
+        "kv_cache_scheme",
+        "quantized_layers",
+        "quantization",
+    ],
+    "gpt-oss": ["modules_to_not_convert"],
+}
+
+
+@given(form=st.sampled_from(sorted(KEYS)), data=st.data())
+@settings(max_examples=200, deadline=None)
+def test_no_content_of_a_config_raises(form: str, data: st.DataObject) -> None:
+    """Of all five formats: what cannot be held is said, and only InputError leaves."""
+    module = formats.get(form)
+    changes = data.draw(st.dictionaries(st.sampled_from([*KEYS[form], "quant_method"]), JSON, max_size=3))
+    algo = {"quant_algo": data.draw(st.sampled_from(["FP8", "NVFP4", "W4A16_AWQ", "MIXED_PRECISION"]))}
+    read = module.read_config({"quant_method": module.QUANT_METHOD, "bits": 4, **algo, **changes})
+    try:
+        assert read.scheme_for("model.layers.0.mlp.up_proj") is None or read.unsupported is None
+    except InputError:
+        assert read.unsupported

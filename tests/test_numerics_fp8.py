@@ -123,7 +123,9 @@ def test_a_block_as_large_as_the_weight_is_a_tensor_and_one_row_high_is_groups()
             block = module.qparams(w, TensorScheme("fp8_e4m3", "block", block_shape=shape), **run).scale_NG
             assert torch.equal(block, whole)
         rows = module.qparams(w, TensorScheme("fp8_e4m3", "group", 32), **run).scale_NG
-        assert torch.equal(module.qparams(w, TensorScheme("fp8_e4m3", "block", block_shape=(1, 32)), **run).scale_NG, rows)
+        assert torch.equal(
+            module.qparams(w, TensorScheme("fp8_e4m3", "block", block_shape=(1, 32)), **run).scale_NG, rows
+        )
 
 
 @pytest.mark.parametrize("number", DTYPES)

@@ -1,4 +1,4 @@
-"""Integers against compressed-tensors, and at the edges: ties, saturation, zeros, the smallest and the largest floats."""
+"""Integers against compressed-tensors, and at the edges: ties, saturation, zeros, the smallest floats."""
 
 from __future__ import annotations
 

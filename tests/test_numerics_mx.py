@@ -180,13 +180,13 @@ def test_scales_and_codes_equal_the_library(number, dtype):
 
 @pytest.mark.parametrize("number", LIBRARY)
 def test_where_the_library_is_left(number):
-    """Of a group near the largest float32 the library's scale is 255, which is NaN: there ours is the largest of use."""
+    """Near the largest float32 the library's scale is 255, which is NaN; ours is the largest that is of use."""
     w = torch.full((1, 32), 3.4e38)
     q = numerics.get(number).qparams(w, scheme(number), scale_dtype=torch.float32)
     amax = torch.tensor([3.4e38])
     theirs = ct_numbers.qparams(w, scheme(number))[0]
     assert theirs.isinf().all() and int(q.scale_NG) < 255
-    assert (numerics.dequantize(numerics.quantize(w, q, scheme(number))) > 0.85 * amax).all()
+    assert (numerics.dequantize(numerics.quantize(w, q, scheme(number))) > 0.74 * amax).all()
     if number == "mxfp4":  # and of -0 it keeps no sign, which no value depends on
         minus = torch.tensor([[-0.0] * 31 + [1.0]])
         q = numerics.get(number).qparams(minus, scheme(number), scale_dtype=torch.float32)
@@ -216,7 +216,9 @@ def test_mse_takes_the_better_of_the_two_exponents(number):
 
 
 @settings(deadline=None)
-@given(st.sampled_from(NUMBERS), st.integers(0, 2**32), st.integers(-110, 110), st.sampled_from(["even", "rceil", "mse"]))
+@given(
+    st.sampled_from(NUMBERS), st.integers(0, 2**32), st.integers(-110, 110), st.sampled_from(["even", "rceil", "mse"])
+)
 def test_the_error_is_bounded_by_the_steps(number, seed, power, rule):
     w = torch.randn(2, 64, generator=torch.Generator().manual_seed(seed)) * 2.0**power
     q = numerics.get(number).qparams(w, scheme(number), scale_dtype=torch.float32, search=rule)

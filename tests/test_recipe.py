@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from compressed_tensors.quantization.quant_scheme import PRESET_SCHEMES
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -43,15 +42,6 @@ def test_short_recipe_gets_every_default() -> None:
     assert recipe.validation is not None
     assert recipe.validation.gates.kl is None
     assert recipe.export.shard_bytes == 5 * 10**9
-
-
-@pytest.mark.parametrize("name", PRESETS)
-def test_presets_mean_what_compressed_tensors_means(name: str) -> None:
-    theirs, ours = PRESET_SCHEMES[name]["weights"], PRESETS[name].weights
-    assert (f"{theirs.type}{theirs.num_bits}", theirs.strategy) == (ours.number, ours.strategy)
-    assert (theirs.group_size, theirs.symmetric) == (ours.group_size, ours.symmetric)
-    assert PRESETS[name].activations is None
-    assert PRESET_SCHEMES[name].get("input_activations") is None
 
 
 @pytest.mark.parametrize(

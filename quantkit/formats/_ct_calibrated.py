@@ -1,9 +1,9 @@
 """Scales in compressed-tensors that come from calibration, not from weights: those of inputs and of the KV cache.
 
-    beside a weight      input_scale         (1,) in the model's dtype, for static activations        x = code * scale
-                         input_zero_point    int8 (1,), when they are asymmetric
-                         input_global_scale  float32 (1,), for NVFP4: 448 * 6 / amax(X); its group scales are dynamic
-    below an attention   k_scale, v_scale    in the model's dtype: (1,), or one a head of keys and values (heads, 1, 1)
+beside a weight      input_scale         (1,) in the model's dtype, for static activations        x = code * scale
+                     input_zero_point    int8 (1,), when they are asymmetric
+                     input_global_scale  float32 (1,), for NVFP4: 448 * 6 / amax(X); its group scales are dynamic
+below an attention   k_scale, v_scale    in the model's dtype: (1,), or one a head of keys and values (heads, 1, 1)
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ _STRATEGIES: dict[str, Strategy] = {
     "attn_head": "head",
 }
 
-# Writing --------------------------------------------------------------------------------------------------------------
+# Writing -------------------------------------------------------------------------------------------------------------
 
 
 def config(schemes: Mapping[str, Scheme | None], kv_cache: TensorScheme | None = None) -> dict[str, Any]:
@@ -113,7 +113,7 @@ def _activation_args(scheme: TensorScheme) -> dict[str, Any]:
     return written
 
 
-# Reading --------------------------------------------------------------------------------------------------------------
+# Reading -------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ class ReadConfig:
         return None if group is None else group.scheme
 
     def unpack(self, name: str, tensors: Mapping[str, torch.Tensor]) -> QuantizedTensor:
-        """The codes of a layer, read from the layout that its group names. Raises InputError when the layer is dense."""
+        """The codes of a layer, read from the layout that its group names. Raises InputError for a dense layer."""
         group = self.group_for(name)
         if group is None:
             raise InputError(f"{name}: is dense by the quantization_config")

@@ -23,9 +23,9 @@
                                                weight_scale       float8_e4m3fn (N, K / 16), row-major, not swizzled
                                                weight_global_scale  float32 (1,)
 
-Where nothing else is said, weight_scale has the model's dtype and the shape (N, G), (N, 1), (ceil(N / bn), ceil(K / bk))
-for blocks, or (1,) for a whole tensor: never 0-d, which loaders that stack experts cannot stack. A symmetric scheme has
-no zero points at all.
+Where nothing else is said, weight_scale has the model's dtype and the shape (N, G), (N, 1), for blocks (ceil(N / bn),
+ceil(K / bk)), or (1,) for a whole tensor: never 0-d, which loaders that stack experts cannot stack. A symmetric scheme
+has no zero points at all.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def is_input(a: TensorScheme | None) -> bool:
     return a.strategy == "tensor" or (a.strategy in ("token", "group") and a.dynamic)
 
 
-# What all layouts share -----------------------------------------------------------------------------------------------
+# What all layouts share ----------------------------------------------------------------------------------------------
 
 
 def _scale_specs(shape: tuple[int, int], scheme: TensorScheme, dtype: str) -> dict[str, TensorSpec]:
@@ -156,9 +156,7 @@ def checked(
         else:
             right = t.dtype == TORCH_DTYPES[spec.dtype]
         if not right or tuple(t.shape) != spec.shape:
-            raise InputError(
-                f"{name}: {key} is {t.dtype} {tuple(t.shape)}; {what} needs {spec.dtype} {spec.shape}"
-            )
+            raise InputError(f"{name}: {key} is {t.dtype} {tuple(t.shape)}; {what} needs {spec.dtype} {spec.shape}")
         found[key] = t
     return found
 
@@ -175,12 +173,15 @@ def _qparams(found: Mapping[str, torch.Tensor], scheme: TensorScheme, zero: torc
     return QParams(scale.reshape(1, 1) if whole else scale, zero, found.get("weight_global_scale"))
 
 
-# pack-quantized -------------------------------------------------------------------------------------------------------
+# pack-quantized ------------------------------------------------------------------------------------------------------
 
 
 def _tensors_packed(shape: tuple[int, int], scheme: TensorScheme, dtype: str) -> dict[str, TensorSpec]:
     n, k = shape
-    specs = {"weight_packed": TensorSpec("I32", (n, packed_width(k, bits(scheme)))), **_scale_specs(shape, scheme, dtype)}
+    specs = {
+        "weight_packed": TensorSpec("I32", (n, packed_width(k, bits(scheme)))),
+        **_scale_specs(shape, scheme, dtype),
+    }
     if not scheme.symmetric:
         packed = TensorSpec("I32", (packed_width(n, bits(scheme)), numerics.groups(scheme, k)))
         specs["weight_zero_point"] = TensorSpec("I8", (1,)) if scheme.strategy == "tensor" else packed
@@ -223,7 +224,7 @@ def _unpack_packed(tensors: Mapping[str, torch.Tensor], scheme: TensorScheme) ->
     return QuantizedTensor(codes, _qparams(found, scheme, zero), scheme)
 
 
-# one code a byte: int-, float-, naive-, mxfp8-quantized -----------------------------------------------------------------
+# one code a byte: int-, float-, naive-, mxfp8-quantized --------------------------------------------------------------
 
 
 def _tensors_plain(shape: tuple[int, int], scheme: TensorScheme, dtype: str) -> dict[str, TensorSpec]:
@@ -264,7 +265,7 @@ def _shape_of(tensors: Mapping[str, torch.Tensor], main: str, per_byte: float = 
     return n, int(width * per_byte)
 
 
-# floats of 4 and 6 bits -------------------------------------------------------------------------------------------------
+# floats of 4 and 6 bits ----------------------------------------------------------------------------------------------
 
 
 def _tensors_nibbles(shape: tuple[int, int], scheme: TensorScheme, dtype: str) -> dict[str, TensorSpec]:

@@ -35,7 +35,6 @@ from quantkit.formats._shared import (
     Unsupported,
     by_column,
     check,
-    dense,
     fits,
     integer,
     one_scheme,
@@ -137,7 +136,7 @@ def unpack(tensors: Mapping[str, torch.Tensor], scheme: Scheme, *, zeros: Zeros 
     v1 whose meaning is not certain.
     """
     w, bits = scheme.weights, _bits(scheme.weights)
-    if "qweight" not in tensors or tensors["qweight"].ndim != 2:
+    if "qweight" not in tensors or tensors["qweight"].ndim != 2 or not tensors["qweight"].numel():
         raise InputError("gptq: qweight (K b / 32, N) is missing")
     words, n = tensors["qweight"].shape
     k = words * 32 // bits
@@ -214,7 +213,8 @@ def config(schemes: Mapping[str, Scheme | None]) -> dict[str, Any]:
     scheme = one_scheme("gptq", schemes, "`dynamic` rules go by names, which engines that fuse q, k and v do not have")
     w = _check_scheme(scheme)
     version = "gptq" if w.symmetric else "gptq_v2"
-    skipped: dict[str, Any] = {f"-:^{re.escape(name)}$": {} for name in dense("gptq", schemes) if name != "lm_head"}
+    dense = sorted(name for name, left in schemes.items() if left is None and name != "lm_head")
+    skipped: dict[str, Any] = {f"-:^{re.escape(name)}$": {} for name in dense}
     return {
         "quant_method": QUANT_METHOD,
         "bits": _bits(w),
@@ -260,7 +260,7 @@ def _read(c: Mapping[str, Any]) -> ReadConfig:
             re.compile(body)
         except re.error as error:
             raise Unsupported(f"dynamic has the pattern {body!r}, which does not compile: {error}") from error
-        overrides.append(Override(body, None if pattern.startswith("-:") else _read_scheme(c, changes or {})))
+        overrides.append(Override(body, None if pattern.startswith("-:") else _read_scheme(c, changes)))
     overrides += _inside(c.get("modules_in_block_to_quantize"), scheme)
     zeros: Zeros = "v2" if version == "gptq_v2" else "v1-words" if _by_gptqmodel(c) else "v1"
     ignore = () if c.get("lm_head") else ("lm_head",)
@@ -273,14 +273,17 @@ def _listed(c: Mapping[str, Any]) -> bool:
 
 def _inside(groups: Any, scheme: Scheme) -> list[Override]:
     """optimum's list of lists of names inside a block: nothing else is packed."""
-    names = [name for group in groups or [] for name in (group if isinstance(group, list | tuple) else [group])]
+    listed = groups if isinstance(groups, list | tuple) else [groups] if groups else []
+    names = [name for group in listed for name in (group if isinstance(group, list | tuple) else [group])]
     return [
         Override(rf"(?:.*\.)?{re.escape(name)}$", scheme) for name in strings("modules_in_block_to_quantize", names)
     ]
 
 
-def _read_scheme(c: Mapping[str, Any], changes: Mapping[str, Any]) -> Scheme:
-    both = {**c, **changes}
+def _read_scheme(c: Mapping[str, Any], changes: Any) -> Scheme:
+    if not isinstance(changes or {}, Mapping):
+        raise Unsupported(f"dynamic has a rule that is {changes!r}, not a mapping")
+    both = {**c, **(changes or {})}
     bits = integer(both, "bits", "wbits", "w_bit")
     if bits not in BITS:
         raise Unsupported(f"bits is {bits}; 2, 3, 4 and 8 are known")
@@ -295,8 +298,9 @@ def _read_scheme(c: Mapping[str, Any], changes: Mapping[str, Any]) -> Scheme:
 
 def _by_gptqmodel(c: Mapping[str, Any]) -> bool:
     """Whether GPTQModel 0.9 or newer wrote the checkpoint: it makes v1 from v2 by arithmetic on whole words."""
-    made = (c.get("meta") or {}).get("quantizer") or []
-    for producer in [made] if isinstance(made, str) else made:
+    meta = c.get("meta")
+    made = meta.get("quantizer") if isinstance(meta, Mapping) else None
+    for producer in made if isinstance(made, list | tuple) else [made]:
         found = re.match(r"gptqmodel:(\d+)\.(\d+)", str(producer))
         if found and (int(found[1]), int(found[2])) >= (0, 9):
             return True

@@ -358,7 +358,8 @@ def _group_size(c: Mapping[str, Any]) -> Any:
     """At the top, or, in the flat shape that ModelOpt writes, in the group."""
     groups = c.get("config_groups")
     if c.get("group_size") is None and isinstance(groups, Mapping) and groups:
-        weights = (next(iter(groups.values())) or {}).get("weights")
+        first = next(iter(groups.values()))
+        weights = first.get("weights") if isinstance(first, Mapping) else None
         return weights.get("group_size") if isinstance(weights, Mapping) else None
     return c.get("group_size")
 
