@@ -56,6 +56,16 @@ def nbytes(spec: TensorSpec) -> int:
     return size
 
 
+def bits_per_weight(parts: Mapping[str, TensorSpec], weights: int) -> float:
+    """What the tensors of a packed layer take on disk, scales included; those of its input and its bias apart.
+
+    parts    name after the layer's own -> dtype and shape
+    weights  N * K
+    """
+    size = sum(nbytes(spec) for leaf, spec in parts.items() if leaf != "bias" and not leaf.startswith("input_"))
+    return 8 * size / weights
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """The weights of a model folder, unread. `where` maps a tensor's name to its shard."""

@@ -11,20 +11,25 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from quantkit.checkpoint import is_other_weights, other_files
 from quantkit.errors import InputError, MissingError
+from quantkit.formats import CONFIG_FILES
 
 SUMMARY = "quantkit.json"
 RECIPE = "quantkit-recipe.yaml"
 LOCK = ".quantkit-running"
 
 
-def check(out: Path, source: Path, recipe_yaml: str, *, overwrite: bool) -> None:
-    """Refuses an output folder that is not ours to write. Raises InputError that says what is there."""
+def check(out: Path, source: Path, recipe_yaml: str | None, *, overwrite: bool) -> None:
+    """Refuses an output folder that is not ours to write. Raises InputError that says what is there.
+
+    recipe_yaml  an output of this recipe is replaced; None: no output is, without `overwrite`
+    """
     place, origin = out.resolve(), source.resolve()
     if place == origin or place in origin.parents or origin in place.parents:
         raise InputError(f"{out}: overlaps the source model's folder {source}; choose another --out")
@@ -38,6 +43,8 @@ def check(out: Path, source: Path, recipe_yaml: str, *, overwrite: bool) -> None
         raise InputError(f"{out}: exists and was not written by quantkit; choose another --out or move it away")
     if overwrite:
         return
+    if recipe_yaml is None:
+        raise InputError(f"{out}: holds another result; choose another --out, or --overwrite to replace it")
     recipe = out / RECIPE
     if not recipe.is_file() or recipe.read_text("utf-8") != recipe_yaml:
         raise InputError(
@@ -96,6 +103,29 @@ def _replace(out: Path, folder: Path) -> None:
         os.rename(out, old)
     os.rename(folder, out)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def copy_files(source: Path, into: Path, rewritten: Collection[Path], *, skip: Collection[str] = ()) -> dict[str, Any]:
+    """Copies what is neither weights nor a config that says how the source is quantized.
+
+    rewritten  the source's weights that the output has in another form; other weights are listed as dropped
+    skip       names that the caller writes itself
+    Returns {"copied": [name], "dropped": [{"name", "reason"}]}.
+    """
+    copied, dropped = [], []
+    for relative in other_files(source):
+        if str(relative) in skip:
+            continue
+        if is_other_weights(relative):
+            if source / relative not in rewritten:
+                dropped.append({"name": str(relative), "reason": "weights or an index of the source"})
+        elif str(relative) in CONFIG_FILES:
+            dropped.append({"name": str(relative), "reason": "says how the source was quantized, not the output"})
+        else:
+            (into / relative).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source / relative, into / relative)
+            copied.append(str(relative))
+    return {"copied": copied, "dropped": dropped}
 
 
 def write_json(file: Path, content: dict[str, Any]) -> None:

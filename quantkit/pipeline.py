@@ -13,8 +13,6 @@ that is for validation, after a reload from disk.
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,9 +22,10 @@ import torch
 from torch import nn
 
 from quantkit import algorithms, blocks, calibration, formats, numerics
-from quantkit.checkpoint import DTYPES, ShardWriter, is_other_weights, nbytes, other_files
+from quantkit.checkpoint import DTYPES, ShardWriter, bits_per_weight
 from quantkit.errors import InputError
 from quantkit.hub import read_json
+from quantkit.output import copy_files, write_json
 from quantkit.plan import Linear, Plan, outside, short, tokenizer
 from quantkit.progress import Progress
 from quantkit.stats import Observer
@@ -219,6 +218,7 @@ def _solve(run: Run, layers: list[Linear], stats: Stats | None) -> None:
     assert scheme is not None
     weights = [model.get_submodule(x.module).weight for x in layers]
     algorithm = algorithms.get(recipe.method_name)
+    scale_dtype = DTYPES[formats.scale_dtype(run.plan.format, layers[0].dtype)]
     notes = Notes()
     try:
         q = algorithm.quantize(
@@ -226,16 +226,16 @@ def _solve(run: Run, layers: list[Linear], stats: Stats | None) -> None:
             scheme.weights,
             stats,
             options=recipe.method_options,
-            scale_dtype=DTYPES[layers[0].dtype],
+            scale_dtype=scale_dtype,
             notes=notes,
         )
-        inputs = _input_scales(scheme, stats, DTYPES[layers[0].dtype])
+        inputs = _input_scales(scheme, stats, scale_dtype)
     except InputError as e:
         raise InputError(f"{', '.join(x.name for x in layers)}: {e}") from None
     for layer, weight, part in zip(layers, weights, _split(q, [x.shape[0] for x in layers]), strict=True):
         decoded = numerics.dequantize(part)
         _record(run, layer, weight, decoded, stats, notes)
-        for suffix, tensor in formats.get(recipe.export.format).pack(part, scheme.activations, inputs).items():
+        for suffix, tensor in run.plan.format.pack(part, scheme.activations, inputs).items():
             run.writer.write(f"{layer.name}.{suffix}", tensor)
         # What an engine multiplies with is rounded to the model's dtype.
         run.plan.skeleton.put(f"{layer.module}.weight", decoded.to(DTYPES[layer.dtype]).to(run.dtype))
@@ -281,13 +281,13 @@ def _record(
         kind, error, whole = "weight", float(d.square().sum()), float(w.square().sum())
     else:
         kind, error, whole = "output", float(((d @ gram) * d).sum()), float(((w @ gram) * w).sum())
-    specs = [spec for name, spec in run.plan.specs.items() if name.startswith(layer.name + ".weight")]
+    bits = bits_per_weight(run.plan.tensors(layer), layer.shape[0] * layer.shape[1])
     run.layers.append(
         {
             "name": layer.name,
             "scheme": short(layer.scheme),
             "shape": list(layer.shape),
-            "bits_per_weight": round(8 * sum(nbytes(s) for s in specs) / (layer.shape[0] * layer.shape[1]), 4),
+            "bits_per_weight": round(bits, 4),
             "relative_error": error / whole if whole else 0.0,
             "error_of": kind,
             "tokens": stats.tokens if stats else 0,
@@ -299,20 +299,12 @@ def _record(
 
 
 def _files(plan: Plan, folder: Path, weights: list[str]) -> dict[str, Any]:
-    """config.json with what was done, and every other file of the source."""
+    """config.json with what was done, every other file of the source, and the format's own."""
     config = read_json(plan.source.folder / CONFIG)
     config["quantization_config"] = plan.config()
-    (folder / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", "utf-8")
-    copied, dropped = [], []
-    for relative in other_files(plan.source.folder):
-        if str(relative) == CONFIG:
-            continue
-        if is_other_weights(relative):
-            if plan.source.folder / relative not in plan.skeleton.checkpoint.where.values():
-                dropped.append({"name": str(relative), "reason": "weights or an index of the unquantized model"})
-            continue
-        target = folder / relative
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(plan.source.folder / relative, target)
-        copied.append(str(relative))
-    return {"weights": weights, "copied": copied, "dropped": dropped}
+    write_json(folder / CONFIG, config)
+    sources = plan.skeleton.checkpoint.where.values()
+    files = copy_files(plan.source.folder, folder, set(sources), skip=(CONFIG,))
+    for name, content in plan.files().items():
+        write_json(folder / name, content)
+    return {"weights": weights, **files}

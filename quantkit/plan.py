@@ -16,7 +16,7 @@ from quantkit import algorithms, blocks, formats, hub, numerics, skeleton
 from quantkit.checkpoint import DTYPES, Checkpoint, nbytes
 from quantkit.errors import InputError
 from quantkit.recipe import Recipe
-from quantkit.types import Scheme, TensorSpec
+from quantkit.types import Format, Scheme, TensorSpec
 
 
 @dataclass(frozen=True)
@@ -66,10 +66,23 @@ class Plan:
         needs = algorithms.get(self.recipe.method_name).NEEDS
         return bool(needs) or any(x.scheme is not None and x.scheme.calibrates_input for x in self.quantized)
 
+    @property
+    def format(self) -> Format:
+        """The module of the checkpoint format."""
+        return formats.get(self.recipe.export.format)
+
     def config(self) -> dict[str, Any]:
         """The quantization_config of the output."""
-        schemes = {x.name: x.scheme for x in self.linears.values()}
-        return dict(formats.get(self.recipe.export.format).config(schemes))
+        return self.format.config({x.name: x.scheme for x in self.linears.values()})
+
+    def files(self) -> dict[str, Any]:
+        """Further files that the checkpoint format asks for: name -> JSON content."""
+        return self.format.files({x.name: x.scheme for x in self.linears.values()})
+
+    def tensors(self, layer: Linear) -> dict[str, TensorSpec]:
+        """Every tensor that a quantized layer has on disk, bias apart: name after the layer's own -> dtype, shape."""
+        assert layer.scheme is not None
+        return self.format.tensors(layer.shape, layer.scheme, formats.scale_dtype(self.format, layer.dtype))
 
 
 def make(recipe: Recipe) -> Plan:
@@ -87,7 +100,9 @@ def make(recipe: Recipe) -> Plan:
         warnings.append(
             f"{len(ghost.unknown)} tensors have no place in transformers' model and are copied as they are: {names}"
         )
-    return Plan(recipe, source, ghost, structure, linears, specs, (*structure.warnings, *warnings))
+    plan = Plan(recipe, source, ghost, structure, linears, specs, (*structure.warnings, *warnings))
+    plan.config()  # refuses here what a format cannot say of all layers together, such as mixed schemes
+    return plan
 
 
 def tokenizer(source: hub.Source, *, trust_remote_code: bool = False) -> Any:
@@ -138,7 +153,8 @@ def _check(name: str, shape: tuple[int, int], dtype: str, scheme: Scheme, recipe
                 raise InputError(
                     "static activations with zero points cannot be calibrated; make them symmetric or dynamic"
                 )
-        formats.get(recipe.export.format).tensors(shape, scheme, dtype)
+        form = formats.get(recipe.export.format)
+        form.tensors(shape, scheme, formats.scale_dtype(form, dtype))
     except InputError as e:
         raise InputError(
             f"{name} {shape[0]}x{shape[1]}: {e}; choose another scheme or group size, or leave it dense with a rule"
@@ -155,7 +171,8 @@ def _specs(
     def add(memory: str) -> None:
         layer = linears.get(memory.removesuffix(".weight")) if memory.endswith(".weight") else None
         if layer is not None and layer.scheme is not None:
-            for suffix, spec in pack.tensors(layer.shape, layer.scheme, layer.dtype).items():
+            dtype = formats.scale_dtype(pack, layer.dtype)
+            for suffix, spec in pack.tensors(layer.shape, layer.scheme, dtype).items():
                 specs[f"{layer.name}.{suffix}"] = spec
         else:
             specs[ghost.to_disk[memory]] = skeleton.spec_of(ghost, memory)

@@ -6,7 +6,7 @@ and everything that goes back to disk keeps its name from disk.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,6 +92,11 @@ def build(folder: Path, checkpoint: Checkpoint, *, trust_remote_code: bool = Fal
     if getattr(config, "quantization_config", None) is not None:
         method = dict(config.quantization_config).get("quant_method", "an unknown method")
         raise InputError(f"{folder}: is already quantized ({method}); start from the original model")
+    return _map(empty(config, folder, trust_remote_code=trust_remote_code), checkpoint)
+
+
+def empty(config: Any, folder: Path, *, trust_remote_code: bool = False) -> Any:
+    """The transformers model of a config, on meta. Raises InputError, naming `folder`, when there is none."""
     kind = getattr(config, "model_type", "?")
     try:
         with init_empty_weights(include_buffers=False):
@@ -103,7 +108,7 @@ def build(folder: Path, checkpoint: Checkpoint, *, trust_remote_code: bool = Fal
     model.eval()
     model.requires_grad_(False)
     model.tie_weights()
-    return _map(model, checkpoint)
+    return model
 
 
 def _config_problem(message: str) -> str:
@@ -119,16 +124,28 @@ def _line(e: Exception) -> str:
     return (str(e).splitlines() or [type(e).__name__])[0][:300]
 
 
-def _map(model: Any, checkpoint: Checkpoint) -> Skeleton:
+def namer(model: Any) -> Callable[[str], tuple[str, bool]]:
+    """A function from a tensor's name on disk to its name in memory, and whether others are merged with it there."""
     conversions = get_model_conversion_mapping(model)
     renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
     converters = [c for c in conversions if isinstance(c, WeightConverter)]
     wanted = model.state_dict()
+
+    def in_memory(key: str) -> tuple[str, bool]:
+        name, merged = rename_source_key(key, renamings, converters, model.base_model_prefix, wanted)
+        return name, merged is not None
+
+    return in_memory
+
+
+def _map(model: Any, checkpoint: Checkpoint) -> Skeleton:
+    in_memory = namer(model)
+    wanted = model.state_dict()
     to_disk: dict[str, str] = {}
     unknown: list[str] = []
     for key in checkpoint.specs:
-        name, merged = rename_source_key(key, renamings, converters, model.base_model_prefix, wanted)
-        if merged is not None and name in wanted:
+        name, merged = in_memory(key)
+        if merged and name in wanted:
             raise InputError(
                 f"tensor {key!r} is merged with others into {name!r} by transformers (fused experts); "
                 "mixtures of experts are not supported by this version"

@@ -170,9 +170,12 @@ class Format(Protocol):
     """A file of quantkit/formats: how codes lie in a file. Its name is `export.format` in a recipe, with dashes.
 
     QUANT_METHOD  what its config calls itself, "fp8" for fp8-block
+    MARKER        a tensor that packed layers have, and dense ones lack: "qweight"
+    SCALE_DTYPE   safetensors' name of the dtype that its scales have; without it, that of the model
     """
 
     QUANT_METHOD: str
+    MARKER: str
 
     def tensors(self, shape: tuple[int, int], scheme: Scheme, dtype: str) -> dict[str, TensorSpec]: ...
 
@@ -182,6 +185,10 @@ class Format(Protocol):
 
     def unpack(self, tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> QuantizedTensor: ...
 
+    def shape(self, specs: Mapping[str, TensorSpec], scheme: Scheme) -> tuple[int, int] | None: ...
+
     def config(self, schemes: Mapping[str, Scheme | None]) -> dict[str, Any]: ...
+
+    def files(self, schemes: Mapping[str, Scheme | None]) -> dict[str, Any]: ...
 
     def read_config(self, config: Mapping[str, Any]) -> Any: ...

@@ -10,6 +10,14 @@ from typing import Any, cast
 from quantkit.errors import InputError
 from quantkit.types import Format
 
+# Files beside config.json in which tools put a quantization config, and the format that it is of. What we write has
+# one only where the format asks for it: a copy of the source's would contradict config.json.
+CONFIG_FILES = {
+    "quantize_config.json": "gptq",
+    "quant_config.json": "awq",
+    "hf_quant_config.json": "modelopt",
+}
+
 
 def names() -> list[str]:
     """Names of the formats, sorted, found by listing this folder."""
@@ -31,6 +39,16 @@ def by_method(quant_method: str) -> Format:
             return module
     known = ", ".join(module.QUANT_METHOD for module in modules)
     raise InputError(f"checkpoints of quant_method {quant_method!r} are not known; known: {known}")
+
+
+def name_of(module: Format) -> str:
+    """The name of a format's module: "fp8-block"."""
+    return next(name for name in names() if get(name) is module)
+
+
+def scale_dtype(module: Format, dtype: str) -> str:
+    """The dtype in which a format stores scales, as safetensors calls it, for a model of `dtype`: "F16" for gptq."""
+    return str(getattr(module, "SCALE_DTYPE", dtype))
 
 
 def quantization_config(config: Mapping[str, Any]) -> dict[str, Any] | None:

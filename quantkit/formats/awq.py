@@ -122,6 +122,11 @@ def unpack(tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> QuantizedTens
     return QuantizedTensor(codes, QParams(tensors["scales"].t().contiguous(), None if w.symmetric else zero), w)
 
 
+def is_symmetric(qzeros: torch.Tensor) -> bool:
+    """Whether all zero points are 8, as `pack` writes them for symmetric weights: then nothing is lost without them."""
+    return bool((qzeros == 0x88888888 - (1 << 32)).all())
+
+
 def _pack(codes: torch.Tensor) -> torch.Tensor:
     """Signed codes (R, N) -> words (R, N / 8)."""
     mixed = codes.to(torch.int16).unflatten(-1, (-1, 8))[..., ORDER].flatten(-2) + 8

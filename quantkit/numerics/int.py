@@ -7,7 +7,8 @@
 `search` chooses the scale of each group:
     "absmax"  nothing clips: scale = 2 amax / (2^b - 1), asymmetric (max - min) / (2^b - 1); what peers do by default
     "mse"     a grid of smaller scales as well; the one with the least squared error wins, each weight's error counted
-              `importance_K` times (diag of the Hessian: how much the layer's output feels that column).
+              `importance_K` times (diag of the Hessian: how much the layer's output feels that column). Then, for the
+              codes that it gives, the scale that fits them best, w·c / c·c, as often as that helps.
               Every candidate is rounded to `scale_dtype` first: the scale that is stored is the scale that is judged.
 """
 
@@ -24,6 +25,7 @@ NUMBERS = ("int2", "int3", "int4", "int5", "int6", "int7", "int8")
 SEARCHES = ("absmax", "mse")
 
 SHRINK_STEP, SHRINK_COUNT = 0.02, 32  # candidates s0 * (1 - 0.02 i), i < 32
+FITS = 3  # least-squares fits after the grid
 
 
 def bits(scheme: TensorScheme) -> int:
@@ -74,16 +76,34 @@ def _qparams_rows(
     if search == "absmax":
         return best
     best_error = _error(w, best, scheme, weight)
-    scale, zero = best.scale_NG, best.zero_NG
-    for i in range(1, SHRINK_COUNT):
-        trial = _candidate(low, high, 1 - SHRINK_STEP * i, scheme, dtype)
+    for i in range(1, SHRINK_COUNT + FITS):
+        if i < SHRINK_COUNT:
+            trial = _candidate(low, high, 1 - SHRINK_STEP * i, scheme, dtype)
+        else:
+            trial = _fit(w, best, scheme, weight)
         error = _error(w, trial, scheme, weight)
         better = error < best_error
         best_error = torch.where(better, error, best_error)
-        scale = torch.where(better, trial.scale_NG, scale)
-        if zero is not None and trial.zero_NG is not None:
-            zero = torch.where(better, trial.zero_NG, zero)
-    return QParams(scale, zero)
+        best = QParams(
+            torch.where(better, trial.scale_NG, best.scale_NG),
+            torch.where(better, trial.zero_NG, best.zero_NG)
+            if trial.zero_NG is not None and best.zero_NG is not None
+            else None,
+        )
+    return best
+
+
+def _fit(w: torch.Tensor, q: QParams, scheme: TensorScheme, weight: torch.Tensor | None) -> QParams:
+    """The scale with the least squared error for the codes that `q` gives, rounded to its stored dtype."""
+    zero = None if q.zero_NG is None else q.zero_NG.float()
+    code = _nearest(w, q.scale_NG.float(), zero, scheme)
+    if zero is not None:
+        code.sub_(zero)
+    counted = code if weight is None else code * weight
+    below = (code * counted).sum(1, keepdim=True)
+    scale = ((w * counted).sum(1, keepdim=True) / below).to(q.scale_NG.dtype)
+    # no code but zero: nothing to fit
+    return QParams(torch.where((below > 0) & (scale > 0), scale, q.scale_NG), q.zero_NG)
 
 
 def _candidate(
