@@ -7,7 +7,9 @@ model = quantkit.load(result.out)
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,9 +18,10 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from quantkit import calibration, hub, output, pipeline
+from quantkit import calibration, hub, output, packed, pipeline
 from quantkit import plan as planning
-from quantkit.errors import InputError, MissingError
+from quantkit.convert import dense_copy
+from quantkit.errors import GateError, InputError, MissingError
 from quantkit.progress import Progress, Silent
 from quantkit.recipe import Perplexity, Recipe
 from quantkit.recipe import Validation as Settings
@@ -30,16 +33,23 @@ from quantkit_eval.windows import heldout_windows
 
 VALIDATED, FAILED, UNVALIDATED = "validated", "failed", "unvalidated"
 SAMPLE_TOKENS = 48
+# Methods that transformers reads not at all, or with packages that need a GPU; and those that it reads on a GPU alone.
+NOT_LOADED = ("gptq", "awq", "modelopt")
+NOT_ON_CPU = (*NOT_LOADED, "fp8")
 
 
 @dataclass(frozen=True)
 class Validation:
-    """An output measured against its original. `status`: "validated" when every gate passed, else "failed"."""
+    """An output measured against its original. `status`: "validated" when every gate passed, else "failed".
+
+    notes  what was measured in the output's stead, and what of its quantization was not; empty when it was loaded
+    """
 
     comparison: Comparison
     gates: list[gate.GateResult]
     samples: dict[str, str]
     message: str
+    notes: tuple[str, ...] = ()
 
     @property
     def status(self) -> str:
@@ -53,6 +63,7 @@ class Validation:
             "comparison": self.comparison.to_dict(),
             "gates": [asdict(g) for g in self.gates],
             "samples": self.samples,
+            "notes": list(self.notes),
         }
 
 
@@ -85,7 +96,8 @@ def quantize(
     overwrite  replace the output of another recipe
 
     A gate that fails does not raise: the output is kept, marked as failed, and `result.validation.status` says so.
-    Raises InputError or MissingError when it cannot be done; then nothing is left behind.
+    Raises InputError or MissingError when it cannot be done, and then nothing is left behind; GateError when the output
+    computes NaN or Inf, and then it is kept and marked as failed.
     """
     progress = progress or Silent()
     settled = Recipe.from_any(recipe, overrides, model=model)
@@ -100,11 +112,20 @@ def quantize(
         (staging / output.RECIPE).write_text(text, "utf-8")
         summary = _summary(plan, done)
         output.write_json(staging / output.SUMMARY, summary)
-        validation = None
+        validation: Validation | None = None
+        unusable: GateError | None = None
         if settled.validation is not None:
-            validation = _validate(staging, plan.source, settled.validation, where, progress, done["layers"], settled)
-            summary = {**summary, "status": validation.status, "validation": validation.to_dict()}
+            try:
+                validation = _validate(
+                    staging, plan.source, settled.validation, where, progress, done["layers"], settled
+                )
+                outcome = validation.to_dict()
+            except GateError as e:
+                unusable, outcome = e, {"status": FAILED, "message": str(e)}
+            summary = {**summary, "status": outcome["status"], "validation": outcome}
             output.write_json(staging / output.SUMMARY, summary)
+    if unusable is not None:
+        raise GateError(f"{folder}: {unusable}")
     return Result(folder, summary, validation)
 
 
@@ -122,7 +143,8 @@ def validate(
     """Measures a quantized folder against its original, and marks the folder with the outcome when it is ours.
 
     What is not given is what the recipe beside the weights says. `against` is needed for other tools' checkpoints.
-    Raises InputError when the folder or its original is missing or cannot be loaded.
+    Raises InputError when the folder or its original is missing or cannot be loaded, GateError when the folder's model
+    computes NaN or Inf.
     """
     folder = Path(folder).expanduser()
     if not (folder / "config.json").is_file():
@@ -137,16 +159,22 @@ def validate(
     texts = Perplexity(data=data or texts.data, windows=windows or texts.windows, length=length or texts.length)
     settings = settings.model_copy(update={"perplexity": texts})
     source = hub.resolve(str(against) if against is not None else recipe.model if recipe else "")
-    if ours and source.fingerprint() != summary["source"]["fingerprint"]:
+    expected = (summary.get("source") or {}).get("fingerprint")
+    if expected is not None and source.fingerprint() != expected:
         raise InputError(
             f"{source.folder}: is not the model that {folder} was made from (fingerprint {source.fingerprint()[:12]}, "
-            f"expected {summary['source']['fingerprint'][:12]}); name the right one with --against"
+            f"expected {expected[:12]}); name the right one with --against"
         )
-    result = _validate(
-        folder, source, settings, pick_device(device), progress or Silent(), summary.get("layers", []), recipe, gates
-    )
-    if ours:
-        output.write_json(folder / output.SUMMARY, {**summary, "status": result.status, "validation": result.to_dict()})
+    layers, outcome = summary.get("layers", []), {}
+    try:
+        result = _validate(folder, source, settings, pick_device(device), progress or Silent(), layers, recipe, gates)
+        outcome = result.to_dict()
+    except GateError as e:
+        outcome = {"status": FAILED, "message": str(e)}
+        raise
+    finally:
+        if ours and outcome:
+            output.write_json(folder / output.SUMMARY, {**summary, "status": outcome["status"], "validation": outcome})
     return result
 
 
@@ -157,10 +185,46 @@ def load(path: str | Path, **kwargs: Any) -> Any:
     Raises InputError when the folder is no model or cannot be loaded.
     """
     plugin.install()
+    method = _quant_method(Path(path))
+    if method == "modelopt":  # transformers skips a method that it does not know, and leaves the weights random
+        raise InputError(
+            f"{path}: transformers does not read modelopt; quantkit convert {path} --to dense, and load that"
+        )
     try:
         return AutoModelForCausalLM.from_pretrained(path, **kwargs)
-    except (OSError, ValueError, KeyError) as e:
-        raise InputError(f"{path}: cannot be loaded: {(str(e).splitlines() or [type(e).__name__])[0][:300]}") from e
+    except (OSError, ValueError, KeyError, ImportError) as e:
+        why = (str(e).splitlines() or [type(e).__name__])[0][:300]
+        advice = f"; or quantkit convert {path} --to dense, and load that" if method in NOT_LOADED else ""
+        raise InputError(f"{path}: cannot be loaded: {why}{advice}") from e
+
+
+def _quant_method(folder: Path) -> str | None:
+    """The quant_method of a folder on this machine; None when it has none, or is a Hub id."""
+    if not (folder / "config.json").is_file():
+        return None
+    found = packed.find_config(folder, hub.read_json(folder / "config.json"))
+    return None if found is None else str(found.get("quant_method"))
+
+
+@contextmanager
+def _loadable(folder: Path, device: torch.device, progress: Progress) -> Iterator[tuple[Path, tuple[str, ...]]]:
+    """The folder itself where transformers reads its format, else a dense copy of it for as long as this lasts.
+
+    The copy has the codes that are on disk, decoded and rounded to the model's dtype; it lies beside the folder. With
+    it comes what of the quantization it lacks.
+    """
+    method = _quant_method(folder)
+    if method not in (NOT_ON_CPU if device.type == "cpu" else NOT_LOADED):
+        yield folder, ()
+        return
+    said = f"transformers does not read {method} here: what is measured is a dense copy, decoded from the codes on disk"
+    progress.say(said)
+    try:
+        place = tempfile.TemporaryDirectory(prefix=f".{folder.name}.dense-", dir=folder.resolve().parent)
+    except OSError as e:
+        raise MissingError(f"{folder.resolve().parent}: no dense copy can be made here ({e.strerror})") from None
+    with place as copy:
+        yield Path(copy), (said, *dense_copy(folder, Path(copy), progress=progress))
 
 
 def pick_device(device: str) -> torch.device:
@@ -230,7 +294,8 @@ def _validate(
     dtype = torch.float32 if device.type == "cpu" else "auto"
     progress.say(f"validation: {windows.shape[0]} windows of {windows.shape[1]} tokens from {wanted.data}")
     original = load(source.folder, dtype=dtype, trust_remote_code=trust).to(device)
-    quantized = load(folder, dtype=dtype, trust_remote_code=trust).to(device)
+    with _loadable(folder, device, progress) as (place, notes):
+        quantized = load(place, dtype=dtype, trust_remote_code=trust).to(device)
     progress.begin(windows.shape[0], "window")
     comparison = compare(original, quantized, windows, on_progress=lambda done, _: progress.item(done, "compared"))
     progress.end()
@@ -244,4 +309,4 @@ def _validate(
             "quantized": continuation(quantized, tokenizer, settings.prompt, SAMPLE_TOKENS),
         }
     message = gate.failure_message(results, gate.worst_layers(layers))
-    return Validation(comparison, results, samples, message)
+    return Validation(comparison, results, samples, message, notes)

@@ -240,6 +240,56 @@ def inspect(
 
 @app.command()
 @_guarded
+def convert(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A quantized checkpoint.", show_default=False)],
+    to: Annotated[str, typer.Option("--to", help="A checkpoint format, such as gptq, or dense.", show_default=False)],
+    out: Annotated[Path, typer.Option("--out", help="Folder to write; made when missing.", show_default=False)],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an output of an earlier run.")] = False,
+    shard_size: Annotated[str, typer.Option("--shard-size", help="Largest file of weights.")] = "5GB",
+) -> None:
+    """Write a quantized checkpoint in another format, without rounding its weights again."""
+    from quantkit import convert as converting
+    from quantkit import report
+    from quantkit.progress import Progress
+
+    with Progress.for_terminal() as progress:
+        done = converting.convert(folder, to, out, overwrite=overwrite, shard_size=shard_size, progress=progress)
+    sizes = f"{report.size(done.source_bytes)} to {report.size(done.output_bytes)}"
+    facts = [
+        ("layers", f"{done.layers}, from {done.source_format} to {done.to}"),
+        ("size", sizes),
+        ("status", "unvalidated; quantkit validate measures it"),
+    ]
+    report.print_section({"title": str(done.out), "facts": facts})
+
+
+@app.command()
+@_guarded
+def lint(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A quantized checkpoint.", show_default=False)],
+    engine: Annotated[
+        list[str] | None,
+        typer.Option("--engine", metavar="NAME", help="transformers, vllm, sglang or tensorrt-llm; again for more."),
+    ] = None,
+    tp: Annotated[int, typer.Option("--tp", min=1, help="GPUs that each layer is split over.")] = 1,
+) -> None:
+    """Check a quantized checkpoint against the engines' rules."""
+    from quantkit import lint as linting
+    from quantkit import report
+
+    for name in engine or ():
+        if name not in linting.names():
+            raise InputError(f"--engine {name}: unknown engine; known: {', '.join(linting.names())}")
+    found = linting.folder(folder, engine or None, tp=tp)
+    errors = [finding for finding in found if finding.level == linting.ERROR]
+    report.print_section(linting.section(folder, found, engine or linting.names()))
+    if errors:
+        engines = ", ".join(dict.fromkeys(finding.engine for finding in errors))
+        raise InputError(f"{folder}: {len(errors)} errors, for {engines}")
+
+
+@app.command()
+@_guarded
 def plan(recipe: RecipePath, model: Model = None, sets: Sets = None) -> None:
     """Tell memory, time and disk of a run before anything is loaded."""
     from quantkit.recipe import Recipe

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import math
+from collections.abc import Mapping
 from typing import Any
 
-from quantkit import blocks, formats, hub, output, skeleton
+from quantkit import blocks, formats, hub, output, packed, skeleton
 from quantkit.checkpoint import Checkpoint, nbytes
-from quantkit.errors import InputError
 from quantkit.plan import short
-from quantkit.types import Scheme
+from quantkit.types import Format, Scheme, TensorSpec
 
 
 def inspect(path: str) -> dict[str, Any]:
@@ -28,7 +28,7 @@ def inspect(path: str) -> dict[str, Any]:
             f"{checkpoint.size():,} bytes in {len(checkpoint.specs)} tensors",
         ),
     ]
-    quantization = formats.quantization_config(config)
+    quantization = packed.find_config(source.folder, config)
     if quantization is not None:
         return _quantized(source, checkpoint, quantization, facts)
     return _original(source, checkpoint, facts)
@@ -65,46 +65,57 @@ def _quantized(
 ) -> dict[str, Any]:
     method = str(quantization.get("quant_method"))
     facts.append(("quantized by", method + (f", {quantization['format']}" if "format" in quantization else "")))
-    errors, warnings = {}, []
-    summary_file = Path(source.folder) / output.SUMMARY
-    if summary_file.is_file():
-        summary = hub.read_json(summary_file)
+    form = formats.by_method(method)
+    config = form.read_config(quantization)
+    warnings = [f"quantkit cannot read this checkpoint: {config.unsupported}"] if config.unsupported else []
+    summary_file = source.folder / output.SUMMARY
+    summary = hub.read_json(summary_file) if summary_file.is_file() else {}
+    if summary:
         facts.append(("status", str(summary.get("status"))))
-        facts.append(("made from", str(summary.get("source", {}).get("model"))))
-        errors = {x["name"]: x["relative_error"] for x in summary.get("layers", [])}
-    if method not in formats.names():
-        raise InputError(f"{source.folder}: is quantized by {method!r}; inspect knows {', '.join(formats.names())}")
-    config = formats.get(method).read_config(quantization)
-    if config.unsupported:
-        warnings.append(f"quantkit cannot read this checkpoint: {config.unsupported}")
+        facts.append(("made from", str((summary.get("source") or {}).get("model", "another tool's checkpoint"))))
+    errors = {x["name"]: x["relative_error"] for x in summary.get("layers", [])}
+    found = packed.groups(form, checkpoint.specs)
     rows = []
-    for name in sorted(checkpoint.specs, key=_natural):
-        layer, _, leaf = name.rpartition(".")
-        if leaf not in ("weight", "weight_packed") or len(checkpoint.specs[name].shape) != 2:
-            continue
-        parts = [n for n in checkpoint.specs if n.startswith(layer + ".weight")]
-        size = sum(nbytes(checkpoint.specs[n]) for n in parts)
-        dense = leaf == "weight" and f"{layer}.weight_scale" not in checkpoint.specs
-        scheme = None if config.unsupported or dense else config.scheme_for(layer)
-        n, k = _dense_shape(checkpoint, layer, leaf, scheme)
-        what = short(scheme) if scheme else (checkpoint.specs[name].dtype if leaf == "weight" else "packed")
-        error = f"{errors[layer]:.2e}" if layer in errors else ""
-        rows.append([layer, f"{n} x {k}", what, f"{8 * size / (n * k):.3f}", f"{size:,}", error])
+    for name in sorted({*found, *_dense(checkpoint, found)}, key=packed.natural):
+        if name in found:
+            scheme = None if config.unsupported else config.scheme_for(name)
+            shape, what, size = _packed(form, checkpoint, name, found[name], scheme)
+        else:
+            spec = checkpoint.specs[f"{name}.weight"]
+            shape, what, size = spec.shape, spec.dtype, nbytes(spec)
+        weights = math.prod(shape)
+        rows.append(
+            [
+                name,
+                " x ".join(map(str, shape)) or "?",
+                what,
+                f"{8 * size / weights:.3f}" if shape else "?",
+                f"{size:,}",
+                f"{errors[name]:.2e}" if name in errors else "",
+            ]
+        )
     columns = ["layer", "shape", "scheme", "bits a weight", "bytes", "relative error"]
     return {"title": source.model, "facts": facts, "table": {"columns": columns, "rows": rows}, "warnings": warnings}
 
 
-def _dense_shape(checkpoint: Checkpoint, layer: str, leaf: str, scheme: Scheme | None) -> tuple[int, int]:
-    shape_name = f"{layer}.weight_shape"
-    if leaf == "weight_packed" and shape_name in checkpoint.specs:
-        n, k = checkpoint.read(shape_name).tolist()
-        return int(n), int(k)
-    if leaf == "weight_packed" and scheme is not None and scheme.weights.group_size is not None:
-        n, groups = checkpoint.specs[f"{layer}.weight_scale"].shape
-        return n, groups * scheme.weights.group_size
-    n, k = checkpoint.specs[f"{layer}.{leaf}"].shape
-    return n, k
+def _dense(checkpoint: Checkpoint, found: Mapping[str, Any]) -> list[str]:
+    """Matrices that are not packed, embeddings among them."""
+    names = [n.removesuffix(".weight") for n, s in checkpoint.specs.items() if n.endswith(".weight")]
+    return [n for n in names if n not in found and len(checkpoint.specs[f"{n}.weight"].shape) == 2]
 
 
-def _natural(name: str) -> list[tuple[int, int, str]]:
-    return [(0, int(p), "") if p.isdigit() else (1, 0, p) for p in name.split(".")]
+def _packed(
+    form: Format, checkpoint: Checkpoint, name: str, parts: Mapping[str, TensorSpec], scheme: Scheme | None
+) -> tuple[tuple[int, ...], str, int]:
+    """Shape of a packed layer, () when nothing tells it; its scheme in words; bytes of its weight with scales.
+
+    Experts that are stacked in one tensor have their number in front of the shape.
+    """
+    weight = {leaf: spec for leaf, spec in parts.items() if not leaf.startswith("input_")}
+    size = sum(nbytes(spec) for spec in weight.values())
+    if scheme is None:
+        return (), "packed", size
+    shape: tuple[int, ...] = packed.shape_of(form, checkpoint, name, parts, scheme) or ()
+    if form.MARKER.startswith("_"):
+        shape = (*parts[form.MARKER].shape[:-3], *shape)
+    return shape, short(scheme), size

@@ -6,15 +6,17 @@ refused here, before anything is computed or written.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from transformers import AutoTokenizer
 
-from quantkit import algorithms, blocks, formats, hub, numerics, skeleton
+from quantkit import algorithms, blocks, formats, hub, lint, numerics, skeleton
 from quantkit.checkpoint import DTYPES, Checkpoint, nbytes
 from quantkit.errors import InputError
+from quantkit.formats import compressed_tensors
+from quantkit.lint.described import Described, Layer
 from quantkit.recipe import Recipe
 from quantkit.types import Format, Scheme, TensorSpec
 
@@ -102,7 +104,43 @@ def make(recipe: Recipe) -> Plan:
         )
     plan = Plan(recipe, source, ghost, structure, linears, specs, (*structure.warnings, *warnings))
     plan.config()  # refuses here what a format cannot say of all layers together, such as mixed schemes
-    return plan
+    return replace(plan, warnings=(*plan.warnings, *_engine_warnings(plan)))
+
+
+def described(plan: Plan) -> Described:
+    """What will be written, as the engines' rules see it."""
+    source = plan.skeleton.model.config
+    layers = {}
+    for x in plan.linears.values():
+        own, layout = {}, ""
+        if x.scheme is not None:
+            own, layout = plan.tensors(x), plan.recipe.export.format
+            layout = compressed_tensors.layout(x.scheme).name if layout == "compressed-tensors" else layout
+        layers[x.name] = Layer(x.name, x.shape, x.scheme is not None, x.scheme, layout, own)
+    return Described(
+        hub.read_json(plan.source.folder / "config.json"),
+        plan.config(),
+        plan.recipe.export.format,
+        layers,
+        plan.specs,
+        tied=bool(getattr(source.get_text_config(), "tie_word_embeddings", False)),
+        files=frozenset(p.name for p in plan.source.folder.iterdir()),
+        says_packed=lambda name: layers[name].packed,
+        modules=frozenset(name for name, _ in plan.skeleton.model.named_modules()),
+    )
+
+
+def _engine_warnings(plan: Plan) -> list[str]:
+    """What the engines of the recipe will have to say. Raises InputError when one would not load the output."""
+    found = lint.check(described(plan), plan.recipe.export.engines)
+    errors = [str(f) for f in found if f.level == lint.ERROR]
+    if errors:
+        more = f"; and {len(errors) - 3} more" if len(errors) > 3 else ""
+        raise InputError(
+            f"the engines of export.engines would not load this output, or compute something else: "
+            f"{'; '.join(errors[:3])}{more}; or leave the engine out of export.engines"
+        )
+    return [str(f) for f in found]
 
 
 def tokenizer(source: hub.Source, *, trust_remote_code: bool = False) -> Any:

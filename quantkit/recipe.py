@@ -165,11 +165,23 @@ def _off_in_schema(schema: dict[str, Any]) -> None:
     schema["anyOf"] = [*(part for part in schema["anyOf"] if part != {"type": "null"}), {"enum": [NONE, False]}]
 
 
+def _engines_in_schema(schema: dict[str, Any]) -> None:
+    from quantkit import lint
+
+    schema["items"] = {"type": "string", "enum": lint.names()}
+
+
 class Export(Part):
-    """How the output lies on disk."""
+    """How the output lies on disk, and who is to read it."""
 
     format: str = Field(default="compressed-tensors", description="Checkpoint format: a file of quantkit/formats.")
     shard_size: str = Field(default="5GB", description="Largest file of weights, such as 500MB, 5GB or 4GiB.")
+    engines: tuple[str, ...] = Field(
+        default=("transformers", "vllm"),
+        strict=False,
+        description="Engines that must load the output: their rules are checked before the work.",
+        json_schema_extra=_engines_in_schema,
+    )
 
     @field_validator("format")
     @classmethod
@@ -179,6 +191,16 @@ class Export(Part):
         if value not in formats.names():
             raise problem("unknown format {value}; {hint}", value=value, hint=hint(value, formats.names()))
         return value
+
+    @field_validator("engines")
+    @classmethod
+    def _known_engines(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        from quantkit import lint
+
+        for name in value:
+            if name not in lint.names():
+                raise problem("unknown engine {name}; {hint}", name=name, hint=hint(name, lint.names()))
+        return tuple(dict.fromkeys(value))
 
     @field_validator("shard_size")
     @classmethod

@@ -17,7 +17,7 @@ import pytest
 import typer
 from typer.testing import CliRunner, Result
 
-from quantkit import api, doctor, inspection, report
+from quantkit import api, convert, doctor, inspection, report
 from quantkit import plan as planning
 from quantkit.cli import app, main
 from quantkit.errors import GateError, InputError, MissingError
@@ -284,6 +284,7 @@ def test_the_real_functions_take_what_the_commands_pass() -> None:
     check(planning.make, "recipe")
     check(planning.describe, "plan")
     check(inspection.inspect, "path")
+    check(convert.convert, "dir", "gptq", "out", overwrite=False, shard_size="5GB", progress=None)
 
 
 def test_schema_is_json_and_complete() -> None:
@@ -292,7 +293,7 @@ def test_schema_is_json_and_complete() -> None:
     assert json.loads(result.stdout) == json_schema()
 
 
-@pytest.mark.parametrize("command", ["quantize", "validate", "inspect", "plan", "schema", "doctor"])
+@pytest.mark.parametrize("command", ["quantize", "validate", "convert", "inspect", "plan", "schema", "doctor"])
 def test_every_command_has_help(command: str) -> None:
     assert command in run("--help").stdout
     result = run(command, "--help")

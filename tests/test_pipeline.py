@@ -21,7 +21,7 @@ import quantkit
 from quantkit import formats, hub, numerics, output, pipeline
 from quantkit import plan as planning
 from quantkit.checkpoint import Checkpoint
-from quantkit.errors import InputError, MissingError, QuantkitError
+from quantkit.errors import GateError, InputError, MissingError, QuantkitError
 from quantkit.recipe import Recipe
 
 CALIBRATION = {"data": "builtin:pydocs", "samples": 6, "length": 64, "batch_size": 4}
@@ -186,6 +186,19 @@ def test_a_failed_gate_keeps_the_output_and_says_so(tmp_path):
     again = quantkit.validate(result.out, gates={"kl": 10.0})
     assert again.status == "validated"
     assert json.loads((result.out / output.SUMMARY).read_text())["status"] == "validated"
+
+
+def test_an_output_that_computes_nan_is_kept_and_marked_as_failed(tmp_path, monkeypatch):
+    write = pipeline.ShardWriter.write
+
+    def poisoned(self, name, tensor):
+        write(self, name, tensor * float("nan") if name == "model.layers.1.mlp.up_proj.weight_scale" else tensor)
+
+    monkeypatch.setattr(pipeline.ShardWriter, "write", poisoned)
+    with pytest.raises(GateError, match="NaN or Inf"):
+        quantkit.quantize(recipe(tiny.save(tmp_path / "model")), out=tmp_path / "out")
+    summary = json.loads((tmp_path / "out" / output.SUMMARY).read_text())
+    assert summary["status"] == "failed" and "NaN or Inf" in summary["validation"]["message"]
 
 
 def test_without_validation_the_output_is_marked_so(tmp_path):

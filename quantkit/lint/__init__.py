@@ -1,21 +1,27 @@
 """The engines' rules: will they load this checkpoint, and compute with it what it means.
 
-One file an engine; `tensorrt_llm.py` is `tensorrt-llm`. Each has `RULES`, small functions that look at a `Described`
-checkpoint and yield a `Problem` for what they find; a docstring names where the engine says so. `_described.py` reads a
-folder, from headers and config alone but for scales of one number; a plan describes what will be written.
+    engines/         one file an engine: which rules it has, and which schemes it loads
+    rules_config.py  rules about config.json and files; rules_layers.py: about schemes and shapes of layers;
+                     rules_tensors.py: about the tensors of a layer
+    described.py     what rules look at, from a folder: headers and config, and the scales that are one number
+
+A rule is a small function from a `Described` checkpoint to the `Problem`s that it finds; its docstring names where the
+engine says so. A plan describes what it will write, so that the same rules speak before the work.
 """
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol, cast
+from typing import TYPE_CHECKING, Any, Literal
+
+from quantkit.lint.engines import get, names
 
 if TYPE_CHECKING:
-    from quantkit.lint._described import Described, Rule
+    from quantkit.lint.described import Described
+
+__all__ = ["ERROR", "WARNING", "Finding", "check", "folder", "get", "names", "section"]
 
 ERROR, WARNING = "error", "warning"
 
@@ -40,22 +46,6 @@ class Finding:
         return f"{self.engine}: {self.where}: {self.what}; {self.fix} (rule {self.rule})"
 
 
-class Engine(Protocol):
-    """A file of quantkit/lint."""
-
-    RULES: tuple[Rule, ...]
-
-
-def names() -> list[str]:
-    """Names of the engines, sorted, found by listing this folder."""
-    return sorted(m.name.replace("_", "-") for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_"))
-
-
-def get(name: str) -> Engine:
-    """The module of an engine, such as "tensorrt-llm"."""
-    return cast(Engine, importlib.import_module(f"{__name__}.{name.replace('-', '_')}"))
-
-
 def check(described: Described, engines: Sequence[str]) -> list[Finding]:
     """What the rules of each engine find, engine by engine, errors first."""
     found = [
@@ -67,12 +57,29 @@ def check(described: Described, engines: Sequence[str]) -> list[Finding]:
     return sorted(found, key=lambda f: (engines.index(f.engine), f.level != ERROR))
 
 
+def section(path: Path, found: Sequence[Finding], engines: Sequence[str]) -> dict[str, Any]:
+    """Findings as plain values for a person: one row each, the same of several engines in one."""
+    alike: dict[tuple[str, ...], list[str]] = {}
+    for f in found:
+        alike.setdefault((f.level, f.rule, f.where, f.what, f.fix), []).append(f.engine)
+    rows = [
+        [level, ", ".join(by), rule, where, f"{what}; {fix}"]
+        for (level, rule, where, what, fix), by in sorted(alike.items(), key=lambda item: item[0][0] != ERROR)
+    ]
+    facts = []
+    for engine in engines:
+        levels: list[str] = [f.level for f in found if f.engine == engine]
+        facts.append((engine, f"{levels.count(ERROR)} errors, {levels.count(WARNING)} warnings"))
+    table = {"columns": ["level", "engines", "rule", "where", "what; what to do"], "rows": rows}
+    return {"title": f"lint of {path}", "facts": facts, **({"table": table} if rows else {})}
+
+
 def folder(path: Path, engines: Sequence[str] | None = None, *, tp: int = 1) -> list[Finding]:
     """Checks a quantized checkpoint on disk. Nothing of its size is read.
 
     engines  all when not given; tp: GPUs that a layer is split over (tensor parallel)
     Raises InputError for a folder that holds no quantized checkpoint whose format quantkit knows, or a damaged file.
     """
-    from quantkit.lint import _described
+    from quantkit.lint import described
 
-    return check(_described.from_folder(path, tp), names() if engines is None else list(dict.fromkeys(engines)))
+    return check(described.from_folder(path, tp), names() if engines is None else list(dict.fromkeys(engines)))

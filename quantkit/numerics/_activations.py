@@ -26,6 +26,7 @@ from quantkit import numerics
 from quantkit.errors import InputError
 from quantkit.numerics import nvfp4
 from quantkit.numerics._minifloat import E4M3
+from quantkit.numerics._tiles import divide
 from quantkit.types import QParams, TensorScheme
 
 # bfloat16 has this many magnitudes, from 0 to NaN; those from INFINITY on are not finite
@@ -136,7 +137,7 @@ def kv_scale(absmax: torch.Tensor) -> torch.Tensor:
     """
     if not bool(torch.isfinite(absmax).all()):
         raise InputError("the calibration keys or values of this layer hold NaN or Inf")
-    return absmax.float().clamp(min=1e-5) / E4M3.max
+    return divide(absmax.float().clamp(min=1e-5), E4M3.max)
 
 
 def kv_absmax(x_BHLD: torch.Tensor, *, per_head: bool, mask_BL: torch.Tensor | None = None) -> torch.Tensor:

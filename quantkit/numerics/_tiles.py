@@ -57,6 +57,11 @@ def tile_shape(scheme: TensorScheme, n: int, k: int) -> tuple[int, int]:
     return 1, k // numerics.groups(scheme, k)
 
 
+def divide(x: torch.Tensor, by: float) -> torch.Tensor:
+    """x / by, rounded once. By a Python number, torch multiplies with 1 / by on a GPU, which is off by a last bit."""
+    return x / x.new_full((), by)
+
+
 def least_error(trials: Iterable[torch.Tensor], error: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
     """Of several scales (R, 1) for each row, the one with the least error (R, 1); of equals, the earliest."""
     remaining = iter(trials)
@@ -78,12 +83,15 @@ def squared_error(decoded: torch.Tensor, w: torch.Tensor, importance: torch.Tens
 
 
 def _cut(w: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """(N, K) -> tiles (ceil(N / height) * ceil(K / width), height * width), row by row of tiles."""
+    """(N, K) -> tiles (ceil(N / height) * ceil(K / width), height * width), row by row of tiles.
+
+    Contiguous, because sums come out in another order when it is not.
+    """
     n, k = w.shape
     if n % height or k % width:
         w = torch.nn.functional.pad(w, (0, -k % width, 0, -n % height))
     n, k = w.shape
-    return w.reshape(n // height, height, k // width, width).transpose(1, 2).reshape(-1, height * width)
+    return w.reshape(n // height, height, k // width, width).transpose(1, 2).reshape(-1, height * width).contiguous()
 
 
 def _not_finite(w: torch.Tensor) -> str:

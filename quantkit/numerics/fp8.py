@@ -17,7 +17,7 @@ import torch
 from quantkit import numerics
 from quantkit.errors import InputError
 from quantkit.numerics._minifloat import E4M3, E5M2, Minifloat, nearest
-from quantkit.numerics._tiles import least_error, pick_scales, squared_error
+from quantkit.numerics._tiles import divide, least_error, pick_scales, squared_error
 from quantkit.types import QParams, TensorScheme
 
 NUMBERS = ("fp8_e4m3", "fp8_e5m2")
@@ -51,7 +51,7 @@ def qparams(
     form, _ = FORMATS[scheme.number]
 
     def pick(w: torch.Tensor, importance: torch.Tensor | None) -> QParams:
-        spanning = w.abs().amax(1, keepdim=True) / form.max
+        spanning = divide(w.abs().amax(1, keepdim=True), form.max)
 
         def scale(factor: float) -> torch.Tensor:
             s = (spanning * factor).to(scale_dtype)

@@ -18,7 +18,7 @@ import torch
 
 from quantkit import numerics
 from quantkit.errors import InputError
-from quantkit.numerics._tiles import pick_scales, squared_error
+from quantkit.numerics._tiles import divide, pick_scales, squared_error
 from quantkit.types import QParams, TensorScheme
 
 NUMBERS = ("int2", "int3", "int4", "int5", "int6", "int7", "int8")
@@ -115,7 +115,7 @@ def _candidate(
         span = 2 * torch.maximum(high, -low)
     else:
         span = high - low
-    scale = (span * shrink / (code_max - code_min)).to(dtype)
+    scale = divide(span * shrink, code_max - code_min).to(dtype)
     # A row of zeros, or one whose scale underflows, gets the smallest step that the dtype's precision suggests.
     scale = torch.where(scale == 0, torch.finfo(dtype).eps, scale)
     if scheme.symmetric:

@@ -22,7 +22,7 @@ from quantkit import numerics
 from quantkit.errors import InputError
 from quantkit.numerics import _minifloat
 from quantkit.numerics._minifloat import E2M1, E4M3
-from quantkit.numerics._tiles import least_error, pick_scales, squared_error
+from quantkit.numerics._tiles import divide, least_error, pick_scales, squared_error
 from quantkit.numerics.fp8 import cast
 from quantkit.types import QParams, TensorScheme
 
@@ -75,7 +75,7 @@ def local_qparams(
         amax = w.abs().amax(1, keepdim=True)
 
         def scale(largest: float) -> torch.Tensor:
-            return cast(amax / largest * global_scale, E4M3, torch.float8_e4m3fn).float()
+            return cast(divide(amax, largest) * global_scale, E4M3, torch.float8_e4m3fn).float()
 
         def error(s: torch.Tensor) -> torch.Tensor:
             step = s / global_scale

@@ -59,12 +59,16 @@ def same(cpu: torch.Tensor | None, gpu: torch.Tensor | None) -> bool:
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 def test_the_same_bits_as_on_a_cpu(scheme: TensorScheme) -> None:
-    w, module = weight(), numerics.get(scheme.number)
-    for search in module.SEARCHES:
-        cpu = module.qparams(w, scheme, scale_dtype=torch.bfloat16, search=search)
-        gpu = module.qparams(w.cuda(), scheme, scale_dtype=torch.bfloat16, search=search)
+    module = numerics.get(scheme.number)
+    for search, dtype in itertools.product(module.SEARCHES, (torch.bfloat16, torch.float32)):
+        w = weight()
+        if search in ("mse", "four_six"):
+            w = w[70:]  # the squares of the smallest floats are zero: there, all scales are as good
+        cpu = module.qparams(w, scheme, scale_dtype=dtype, search=search)
+        gpu = module.qparams(w.cuda(), scheme, scale_dtype=dtype, search=search)
         if search in ("mse", "four_six"):  # sums in another order may choose another scale where two are as good
-            assert (cpu.scale_NG.float() == gpu.scale_NG.float().cpu()).float().mean() > 0.97
+            near = (cpu.scale_NG.float() / gpu.scale_NG.float().cpu() - 1).abs() < 1e-5
+            assert near.float().mean() > 0.97
         else:
             assert same(cpu.scale_NG, gpu.scale_NG) and same(cpu.zero_NG, gpu.zero_NG)
         assert same(cpu.global_scale, gpu.global_scale)

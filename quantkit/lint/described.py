@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -15,15 +16,13 @@ from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig
 
-from quantkit import formats, hub, skeleton
+from quantkit import formats, hub, packed, skeleton
 from quantkit.checkpoint import INDEX, Checkpoint
 from quantkit.errors import InputError
 from quantkit.types import Scheme, TensorSpec
 
 # Layers that engines make one of, in the order of their rows.
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
-# Config files of formats that need no `quantization_config` in config.json.
-_CONFIG_FILES = {"hf_quant_config.json": "modelopt", "quantize_config.json": "gptq"}
 _FLOATS = ("F32", "F16", "BF16")
 _PACKED = ("weight_packed", "weight_scale", "weight_scale_inv", "qweight", "scales")
 
@@ -65,7 +64,7 @@ class Layer:
     @property
     def expert(self) -> bool:
         """One of a mixture: ...experts.7.up_proj."""
-        return any(a == "experts" and b.isdigit() for a, b in zip(parts := self.name.split("."), parts[1:]))
+        return re.search(r"\.experts\.\d+\.", self.name) is not None
 
 
 @dataclass(frozen=True)
@@ -147,24 +146,26 @@ def from_folder(path: Path, tp: int = 1) -> Described:
     """Describes a checkpoint on disk. Raises InputError when it is not one, or is not quantized in a known way."""
     config = hub.read_json(path / "config.json")
     checkpoint = Checkpoint.open(path)
-    quantization = _quantization(path, config)
+    quantization = packed.find_config(path, config)
+    if quantization is None:
+        raise InputError(f"{path}: is not quantized: it has no quantization_config, so there is nothing to check")
     module = formats.by_method(str(quantization.get("quant_method")))
-    form = next(name for name in formats.names() if formats.get(name) is module)
+    form = formats.name_of(module)
     read = module.read_config(quantization)
     by_layer: dict[str, dict[str, TensorSpec]] = defaultdict(dict)
     for name, spec in checkpoint.specs.items():
         owner, _, leaf = name.rpartition(".")
         by_layer[owner][leaf] = spec
-    packed = {owner for owner, own in by_layer.items() if _is_packed(own)}
+    is_packed = {owner for owner, own in by_layer.items() if _is_packed(own)}
     model, no_model = _model(path)
-    place = _Place(model, checkpoint, packed)
+    place = _Place(model, checkpoint, is_packed)
     says_packed = _says_packed(read)
     layers = {}
-    for name in sorted(place.linears | packed if model is not None else packed | _matrices(checkpoint)):
+    for name in sorted(is_packed | (place.linears if model is not None else _matrices(checkpoint)), key=packed.natural):
         own = by_layer.get(name, {})
-        scheme, layout = _scheme(read, form, name) if name in packed else (None, "")
+        scheme, layout = _scheme(read, form, name) if name in is_packed else (None, "")
         shape = _shape(module, own, scheme, checkpoint, name)
-        layers[name] = Layer(name, shape, name in packed, scheme, layout, own)
+        layers[name] = Layer(name, shape, name in is_packed, scheme, layout, own)
     values = _values(checkpoint, _to_read(checkpoint, form, quantization))
     return Described(
         config,
@@ -185,16 +186,6 @@ def from_folder(path: Path, tp: int = 1) -> Described:
         place.modules | {name.rpartition(".")[0] for name in checkpoint.specs},
         no_model,
     )
-
-
-def _quantization(path: Path, config: Mapping[str, Any]) -> Mapping[str, Any]:
-    found = formats.quantization_config(config)
-    for file, method in _CONFIG_FILES.items():
-        if found is None and (path / file).is_file():
-            found = {"quant_method": method, **hub.read_json(path / file)}
-    if found is None:
-        raise InputError(f"{path}: is not quantized: config.json has no quantization_config, so there is nothing to check")
-    return found
 
 
 def _is_packed(own: Mapping[str, TensorSpec]) -> bool:
@@ -235,14 +226,10 @@ def _shape(
     if scheme is None:
         weight = own.get("weight")
         return (weight.shape[0], weight.shape[1]) if weight is not None and len(weight.shape) == 2 else None
-    if own.get("weight_shape") == TensorSpec("I64", (2,)):
-        n, k = checkpoint.read(f"{name}.weight_shape").tolist()
-        return int(n), int(k)
     try:
-        found: tuple[int, int] | None = module.shape(own, scheme)
+        return packed.shape_of(module, checkpoint, name, own, scheme)
     except ValueError:  # a tensor with another number of dimensions, which other rules speak of
         return None
-    return found
 
 
 def _tied(model: Any, config: Mapping[str, Any]) -> bool:
@@ -318,19 +305,22 @@ class _Place:
         in_memory, wanted = skeleton.namer(model), model.state_dict()
         memory_linears = _linears(model)
         self.modules = frozenset(name for name, _ in model.named_modules())
-        found: set[str] = set()
+        found: dict[str, int] = defaultdict(int)
         for key in _dense_names(checkpoint.specs, packed):
             name, merged = in_memory(key)
             if name not in wanted:
                 self.left_over.append(key)
                 continue
-            found.add(name)
+            found[name] += 1
             owner = name.removesuffix(".weight")
             if key.endswith(".weight") and (merged or owner in memory_linears):
                 self.linears.add(key.removesuffix(".weight"))
                 memory_linears.discard(owner)
         tied = set(getattr(model, "all_tied_weights_keys", None) or {})
         self.missing = sorted(name for name in wanted if name not in found and name not in tied)
+        for name, count in found.items():  # experts that are stacked in memory: each must be there, as often
+            if count > 1 and count % wanted[name].shape[0]:
+                self.missing.append(f"{name} of some experts")
         self.linears |= {name for name in memory_linears if f"{name}.weight" in tied}
 
 
@@ -347,10 +337,11 @@ def _linears(model: Any) -> set[str]:
     return found
 
 
-_OF_PACKED = (
-    "weight_packed weight_scale weight_scale_2 weight_scale_inv weight_zero_point weight_global_scale weight_shape "
-    "weight_g_idx qweight qzeros scales g_idx input_scale input_zero_point input_global_scale pre_quant_scale weight"
-).split()
+_OF_PACKED = {
+    *("weight_packed", "weight_scale", "weight_scale_2", "weight_scale_inv", "weight_zero_point", "weight_shape"),
+    *("weight_global_scale", "weight_g_idx", "qweight", "qzeros", "scales", "g_idx", "weight", "pre_quant_scale"),
+    *("input_scale", "input_zero_point", "input_global_scale"),
+}
 
 
 def _dense_names(specs: Mapping[str, TensorSpec], packed: set[str]) -> Iterator[str]:
