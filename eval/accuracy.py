@@ -89,6 +89,7 @@ class Bench:
             "method": case.method,
             "calibration": calibration,
             "validate": "none",
+            "export": {"engines": ["transformers"]},
         }
         api.quantize(recipe, out=out, device="cpu")
 

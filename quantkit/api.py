@@ -224,7 +224,10 @@ def _loadable(folder: Path, device: torch.device, progress: Progress) -> Iterato
     except OSError as e:
         raise MissingError(f"{folder.resolve().parent}: no dense copy can be made here ({e.strerror})") from None
     with place as copy:
-        yield Path(copy), (said, *dense_copy(folder, Path(copy), progress=progress))
+        missing = dense_copy(folder, Path(copy))
+        for line in missing:
+            progress.warn(line)
+        yield Path(copy), (said, *missing)
 
 
 def pick_device(device: str) -> torch.device:
@@ -253,6 +256,7 @@ def _summary(plan: planning.Plan, done: dict[str, Any]) -> dict[str, Any]:
         },
         "recipe": plan.recipe.to_dict(),
         "data": done["data"],
+        "kv_cache": done["kv_cache"],
         "versions": versions(),
         "layers": done["layers"],
         "not_quantized": [{"name": x.name, "reason": x.reason} for x in plan.dense],

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,8 +81,11 @@ def _block_list(model: Any) -> tuple[str, nn.ModuleList] | None:
     return None if best is None else (best[1], best[2])
 
 
-def _shared_inputs(model: nn.Module, linears: list[str]) -> tuple[list[list[str]], tuple[str, ...]]:
-    """Linears by first use, those called with the very same tensor together."""
+def dry_run(model: nn.Module, watching: Callable[[nn.Module], AbstractContextManager[None]]) -> str:
+    """Runs a copy of the model on the meta device: no weight, no memory. Returns why it could not, or "".
+
+    watching  called with the copy before each attempt, of which there may be two; its context holds during that one
+    """
     ghost = copy.deepcopy(model).to("meta")
     ids = torch.zeros(1, 8, dtype=torch.long, device="meta")
     # A ready 4-D mask keeps transformers from reading values, which a meta tensor does not have; some older
@@ -90,22 +93,32 @@ def _shared_inputs(model: nn.Module, linears: list[str]) -> tuple[list[list[str]
     mask = torch.zeros(1, 1, 8, 8, dtype=next(ghost.parameters()).dtype, device="meta")
     problem = ""
     for extra in ({"attention_mask": mask}, {}):
-        seen: list[tuple[str, torch.Tensor]] = []  # holds the tensors, so that no id is used twice
-        with watched(ghost, linears, lambda name, x, seen=seen: seen.append((name, x))):  # type: ignore[misc]
+        with watching(ghost), torch.no_grad():
             try:
-                with torch.no_grad():
-                    ghost(input_ids=ids, use_cache=False, **extra)
+                ghost(input_ids=ids, use_cache=False, **extra)
+                return ""
             except (RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError) as e:
                 problem = (str(e).splitlines() or [type(e).__name__])[0]
-                continue
-        groups: dict[int, list[str]] = {}
-        for name, x in seen:
-            if not any(name in group for group in groups.values()):
-                groups.setdefault(id(x), []).append(name)
-        used = {name for group in groups.values() for name in group}
-        return [*groups.values(), *([name] for name in linears if name not in used)], ()
-    warning = f"which linears share an input could not be found out ({problem}); each is treated alone"
-    return [[name] for name in linears], (warning,)
+    return problem
+
+
+def _shared_inputs(model: nn.Module, linears: list[str]) -> tuple[list[list[str]], tuple[str, ...]]:
+    """Linears by first use, those called with the very same tensor together."""
+    seen: list[tuple[str, torch.Tensor]] = []  # holds the tensors, so that no id is used twice
+
+    def watching(ghost: nn.Module) -> AbstractContextManager[None]:
+        seen.clear()
+        return watched(ghost, linears, lambda name, x: seen.append((name, x)))
+
+    if problem := dry_run(model, watching):
+        warning = f"which linears share an input could not be found out ({problem}); each is treated alone"
+        return [[name] for name in linears], (warning,)
+    groups: dict[int, list[str]] = {}
+    for name, x in seen:
+        if not any(name in group for group in groups.values()):
+            groups.setdefault(id(x), []).append(name)
+    used = {name for group in groups.values() for name in group}
+    return [*groups.values(), *([name] for name in linears if name not in used)], ()
 
 
 @contextmanager
@@ -217,8 +230,13 @@ def _keep(value: Any, kept: list[torch.Tensor], same: dict[int, torch.Tensor]) -
 
 
 @torch.no_grad()
-def run(module: nn.Module, batch: Batch, index: int) -> torch.Tensor:
-    """The hidden states of a batch after block `index`, whose module must be loaded."""
+def run(module: nn.Module, batch: Batch, index: int, cache: Any = None) -> torch.Tensor:
+    """The hidden states of a batch after block `index`, whose module must be loaded.
+
+    cache  takes the place of `past_key_values`, where the model hands such an argument to its blocks
+    """
     args, kwargs = batch.calls[index]
+    if cache is not None and "past_key_values" in kwargs:
+        kwargs = {**kwargs, "past_key_values": cache}
     out = module(batch.hidden, *args, **kwargs)
     return out[0] if isinstance(out, tuple) else out

@@ -276,16 +276,17 @@ def lint(
     """Check a quantized checkpoint against the engines' rules."""
     from quantkit import lint as linting
     from quantkit import report
+    from quantkit.recipe_errors import hint
 
     for name in engine or ():
         if name not in linting.names():
-            raise InputError(f"--engine {name}: unknown engine; known: {', '.join(linting.names())}")
+            raise InputError(f"--engine {name}: unknown engine {name}; {hint(name, linting.names())}")
     found = linting.folder(folder, engine or None, tp=tp)
     errors = [finding for finding in found if finding.level == linting.ERROR]
     report.print_section(linting.section(folder, found, engine or linting.names()))
     if errors:
         engines = ", ".join(dict.fromkeys(finding.engine for finding in errors))
-        raise InputError(f"{folder}: {len(errors)} errors, for {engines}")
+        raise InputError(f"{folder}: {len(errors)} error{'s' if len(errors) > 1 else ''}, for {engines}")
 
 
 @app.command()

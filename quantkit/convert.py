@@ -292,9 +292,12 @@ def _convert(plan: Plan, name: str) -> dict[str, torch.Tensor]:
 
 
 def _stored(plan: Plan, qparams: QParams) -> QParams:
-    """Scales in the dtype of the target, where that is the same number. FP8 and E8M0 ones are left as they are."""
+    """Scales in the model's dtype, where that is the same number, for a format that has no dtype of its own.
+
+    Others look for themselves whether theirs fits. Scales in FP8 and E8M0 are left as they are.
+    """
     scale = qparams.scale_NG
-    if scale.dtype.itemsize == 1:
+    if hasattr(plan.target, "SCALE_DTYPE") or scale.dtype.itemsize == 1:
         return qparams
     return replace(qparams, scale_NG=fits(plan.to, "scales", scale, DTYPES[plan.dtype]))
 

@@ -21,10 +21,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from quantkit import algorithms, blocks, calibration, formats, numerics
+from quantkit import algorithms, blocks, calibration, formats, kv_cache, numerics
 from quantkit.checkpoint import DTYPES, ShardWriter, bits_per_weight
 from quantkit.errors import InputError
 from quantkit.hub import read_json
+from quantkit.numerics._activations import Magnitudes
 from quantkit.output import copy_files, write_json
 from quantkit.plan import Linear, Plan, outside, short, tokenizer
 from quantkit.progress import Progress
@@ -44,6 +45,7 @@ class Run:
     dtype: torch.dtype
     progress: Progress
     layers: list[dict[str, Any]] = field(default_factory=list)
+    kv_scales: dict[str, list[float]] = field(default_factory=lambda: {"k_scale": [], "v_scale": []})
 
 
 @torch.no_grad()
@@ -71,7 +73,7 @@ def quantize(plan: Plan, folder: Path, *, device: torch.device, progress: Progre
     finally:
         writer.abort()
     files = _files(plan, folder, weights)
-    return {"data": _data(rows), "layers": run.layers, "files": files}
+    return {"data": _data(rows), "kv_cache": _kv_range(run), "layers": run.layers, "files": files}
 
 
 def _rows(plan: Plan, progress: Progress) -> calibration.Rows | None:
@@ -114,6 +116,18 @@ def _data(rows: calibration.Rows | None) -> dict[str, Any] | None:
     return None if rows is None else {"sha256": rows.sha256, **rows.report}
 
 
+def _kv_range(run: Run) -> dict[str, Any] | None:
+    """The smallest and the largest scale of keys and of values, for the report."""
+    scheme = run.plan.kv_scheme
+    if scheme is None:
+        return None
+    return {
+        "number": scheme.number,
+        "strategy": scheme.strategy,
+        **{side: {"least": min(found), "largest": max(found)} for side, found in run.kv_scales.items()},
+    }
+
+
 def _outside(run: Run, rows: calibration.Rows | None) -> list[blocks.Batch]:
     """Writes what is in no block, and takes the calibration rows up to the first block."""
     plan, ghost = run.plan, run.plan.skeleton
@@ -141,7 +155,10 @@ def _block(run: Run, block: blocks.Block, batches: list[blocks.Batch]) -> None:
     names = ghost.parameters(block.name + ".")
     ghost.load(names, run.device, run.dtype)
     module = ghost.model.get_submodule(block.name)
-    observers = _observe(run, block, module, batches)
+    peaks = kv_cache.Peaks() if run.plan.caches else None
+    observers = _observe(run, block, module, batches, peaks)
+    if peaks is not None:
+        _write_kv(run, block, peaks)
     packed: set[str] = set()
     for k, group in enumerate(block.groups, 1):
         run.progress.doing(f"quantize {k}/{len(block.groups)}")
@@ -163,30 +180,63 @@ def _block(run: Run, block: blocks.Block, batches: list[blocks.Batch]) -> None:
     ghost.unload(names)
 
 
-def _observe(run: Run, block: blocks.Block, module: nn.Module, batches: list[blocks.Batch]) -> dict[str, Observer]:
-    """Runs the block over all batches; one observer for each distinct input, under the name of each linear of it."""
+def _observe(
+    run: Run, block: blocks.Block, module: nn.Module, batches: list[blocks.Batch], peaks: kv_cache.Peaks | None
+) -> dict[str, Observer]:
+    """Runs the block over all batches; one observer for each distinct input, under the name of each linear of it.
+
+    peaks  takes the keys and values, when their scales are wanted
+    """
     needs = algorithms.get(run.plan.recipe.method_name).NEEDS
     linears = run.plan.linears
     shared: dict[str, Observer] = {}
     first: dict[str, Observer] = {}
     for group in block.groups if batches else ():
         schemes = [s for m in group if (s := linears[m].scheme) is not None]
-        wanted = needs | ({"absmax"} if any(s.calibrates_input for s in schemes) else frozenset())
+        wanted = needs.union(*(_input_needs(run, s) for s in schemes))
         if schemes and wanted:
             observer = Observer(wanted, linears[group[0]].shape[1], run.device)
             first[group[0]] = observer
             shared.update(dict.fromkeys(group, observer))
-    if not first:
+    if not first and peaks is None:
         return {}
     run.progress.doing("observe")
     for batch in batches:
 
         def see(name: str, x: torch.Tensor, mask: torch.Tensor = batch.mask) -> None:
-            first[name].update(x, mask)
+            try:
+                first[name].update(x, mask)
+            except InputError as e:
+                raise InputError(f"{linears[name].name}: {e}") from None
 
         with blocks.watched(run.plan.skeleton.model, list(first), see):
-            blocks.run(module, batch, block.index)
+            if peaks is None:
+                blocks.run(module, batch, block.index)
+            else:
+                kv_cache.observe(module, batch, block, peaks)
     return shared
+
+
+def _input_needs(run: Run, scheme: Scheme) -> frozenset[str]:
+    """The statistics that the scale of a layer's input needs."""
+    if not scheme.calibrates_input or scheme.activations is None:
+        return frozenset()
+    counted = not scheme.activations.dynamic and run.plan.recipe.calibration.input_scale != "absmax"
+    return frozenset({"absmax", "magnitudes"} if counted else {"absmax"})
+
+
+def _write_kv(run: Run, block: blocks.Block, peaks: kv_cache.Peaks) -> None:
+    """The scales of a block's keys and values, found before its weights are rounded."""
+    plan, scheme = run.plan, run.plan.kv_scheme
+    assert scheme is not None
+    attention = plan.caches[block.index]
+    try:
+        scales = peaks.scales(scheme.strategy, plan.skeleton.dtype)
+    except InputError as e:
+        raise InputError(f"{block.name}: {e}") from None
+    for leaf, tensor in formats.with_kv_cache(plan.format).pack_kv(*scales, scheme).items():
+        run.writer.write(f"{attention.name}.{leaf}", tensor)
+        run.kv_scales[leaf] += tensor.flatten().tolist()
 
 
 def _by_scheme(group: Sequence[Linear]) -> list[list[Linear]]:
@@ -229,7 +279,7 @@ def _solve(run: Run, layers: list[Linear], stats: Stats | None) -> None:
             scale_dtype=scale_dtype,
             notes=notes,
         )
-        inputs = _input_scales(scheme, stats, scale_dtype)
+        inputs = _input_scales(scheme, stats, scale_dtype, recipe.calibration.input_scale)
     except InputError as e:
         raise InputError(f"{', '.join(x.name for x in layers)}: {e}") from None
     for layer, weight, part in zip(layers, weights, _split(q, [x.shape[0] for x in layers]), strict=True):
@@ -241,8 +291,11 @@ def _solve(run: Run, layers: list[Linear], stats: Stats | None) -> None:
         run.plan.skeleton.put(f"{layer.module}.weight", decoded.to(DTYPES[layer.dtype]).to(run.dtype))
 
 
-def _input_scales(scheme: Scheme, stats: Stats | None, dtype: torch.dtype) -> QParams | None:
-    """The scales of a layer's input that are stored, from the largest |x| seen; None for a scheme without them."""
+def _input_scales(scheme: Scheme, stats: Stats | None, dtype: torch.dtype, rule: str) -> QParams | None:
+    """The scales of a layer's input that are stored; None for a scheme without them.
+
+    rule  how a static scale is found, by the names of `Magnitudes.scale`; "absmax" is exact, from the largest |x|
+    """
     if not scheme.calibrates_input or scheme.activations is None:
         return None
     if stats is None or stats.absmax_K is None or not float(stats.absmax_K.max()) > 0:
@@ -252,7 +305,10 @@ def _input_scales(scheme: Scheme, stats: Stats | None, dtype: torch.dtype) -> QP
         )
     number = numerics.get(scheme.activations.number)
     found: QParams = number.qparams(stats.absmax_K[None], scheme.activations, scale_dtype=dtype)
-    return found
+    if rule == "absmax" or scheme.activations.dynamic or stats.magnitudes is None:
+        return found
+    scale = Magnitudes(counts=stats.magnitudes).scale(scheme.activations, rule).to(dtype)
+    return QParams(torch.where(scale == 0, torch.finfo(dtype).eps, scale).reshape(1, 1))
 
 
 def _split(q: QuantizedTensor, rows: list[int]) -> list[QuantizedTensor]:

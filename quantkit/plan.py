@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-from quantkit import algorithms, blocks, formats, hub, lint, numerics, skeleton
-from quantkit.checkpoint import DTYPES, Checkpoint, nbytes
+from quantkit import algorithms, blocks, formats, hub, kv_cache, lint, numerics, skeleton
+from quantkit.checkpoint import DTYPES, NAMES, Checkpoint, nbytes
 from quantkit.errors import InputError
 from quantkit.formats import compressed_tensors
 from quantkit.lint.described import Described, Layer
 from quantkit.recipe import Recipe
-from quantkit.types import Format, Scheme, TensorSpec
+from quantkit.types import Format, Scheme, TensorScheme, TensorSpec
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,7 @@ class Plan:
 
     linears  by name in memory
     specs    every tensor of the output, in the order of writing
+    caches   attention layers whose KV cache is quantized, one a block; empty when it is not
     """
 
     recipe: Recipe
@@ -48,6 +49,7 @@ class Plan:
     linears: dict[str, Linear]
     specs: dict[str, TensorSpec]
     warnings: tuple[str, ...]
+    caches: tuple[kv_cache.Attention, ...] = ()
 
     @property
     def quantized(self) -> list[Linear]:
@@ -64,9 +66,15 @@ class Plan:
 
     @property
     def needs_data(self) -> bool:
-        """Whether calibration tokens run through the model at all: for the method, or for the scales of inputs."""
+        """Whether calibration tokens run through the model: for the method, or scales of inputs or the KV cache."""
         needs = algorithms.get(self.recipe.method_name).NEEDS
-        return bool(needs) or any(x.scheme is not None and x.scheme.calibrates_input for x in self.quantized)
+        inputs = any(x.scheme is not None and x.scheme.calibrates_input for x in self.quantized)
+        return bool(needs) or inputs or bool(self.caches)
+
+    @property
+    def kv_scheme(self) -> TensorScheme | None:
+        """The scheme of the KV cache; None when it stays in the model's dtype."""
+        return _kv_scheme(self.recipe)
 
     @property
     def format(self) -> Format:
@@ -75,7 +83,10 @@ class Plan:
 
     def config(self) -> dict[str, Any]:
         """The quantization_config of the output."""
-        return self.format.config({x.name: x.scheme for x in self.linears.values()})
+        schemes = {x.name: x.scheme for x in self.linears.values()}
+        if self.kv_scheme is None:
+            return self.format.config(schemes)
+        return formats.with_kv_cache(self.format).config(schemes, self.kv_scheme)
 
     def files(self) -> dict[str, Any]:
         """Further files that the checkpoint format asks for: name -> JSON content."""
@@ -93,16 +104,20 @@ def make(recipe: Recipe) -> Plan:
     checkpoint = Checkpoint.open(source.folder)
     ghost = skeleton.build(source.folder, checkpoint, trust_remote_code=recipe.trust_remote_code)
     structure = blocks.find(ghost)
+    caches: tuple[kv_cache.Attention, ...] = ()
+    if recipe.kv_cache is not None:
+        formats.with_kv_cache(formats.get(recipe.export.format))  # refuses the others
+        caches = kv_cache.find(ghost, structure)
     linears, warnings = _linears(recipe, ghost, structure)
     if not any(x.scheme for x in linears.values()):
         raise InputError("no layer would be quantized: every linear is left dense by a rule or by scheme: none")
-    specs = _specs(recipe, ghost, structure, linears)
+    specs = _specs(recipe, ghost, structure, linears) | _kv_specs(recipe, ghost, caches)
     if ghost.unknown:
         names = ", ".join(ghost.unknown[:3]) + (", ..." if len(ghost.unknown) > 3 else "")
         warnings.append(
             f"{len(ghost.unknown)} tensors have no place in transformers' model and are copied as they are: {names}"
         )
-    plan = Plan(recipe, source, ghost, structure, linears, specs, (*structure.warnings, *warnings))
+    plan = Plan(recipe, source, ghost, structure, linears, specs, (*structure.warnings, *warnings), caches)
     plan.config()  # refuses here what a format cannot say of all layers together, such as mixed schemes
     return replace(plan, warnings=(*plan.warnings, *_engine_warnings(plan)))
 
@@ -183,7 +198,9 @@ def _check(name: str, shape: tuple[int, int], dtype: str, scheme: Scheme, recipe
     if dtype not in ("F32", "F16", "BF16"):
         raise InputError(f"{name}: its weight is stored as {dtype}; only F32, F16 and BF16 can be quantized")
     try:
-        numerics.get(scheme.weights.number)
+        search = getattr(recipe.method_options, "scale_search", None)
+        if search not in (None, "diagh"):  # diagh is mse, weighted
+            numerics.check_search(scheme.weights.number, search)
         numerics.groups(scheme.weights, shape[1])
         if scheme.activations is not None:
             numerics.get(scheme.activations.number)
@@ -222,6 +239,28 @@ def _specs(
             add(memory)
     for name in ghost.unknown:
         specs[name] = ghost.checkpoint.specs[name]
+    return specs
+
+
+def _kv_scheme(recipe: Recipe) -> TensorScheme | None:
+    return None if recipe.kv_cache is None else recipe.kv_cache.resolve()
+
+
+def _kv_specs(
+    recipe: Recipe, ghost: skeleton.Skeleton, caches: tuple[kv_cache.Attention, ...]
+) -> dict[str, TensorSpec]:
+    """The scales of the KV cache. Raises InputError when the model has tensors of these names already."""
+    scheme = _kv_scheme(recipe)
+    if scheme is None:
+        return {}
+    form = formats.with_kv_cache(formats.get(recipe.export.format))
+    specs = {
+        f"{x.name}.{leaf}": spec
+        for x in caches
+        for leaf, spec in form.kv_tensors(scheme, x.heads, NAMES[ghost.dtype]).items()
+    }
+    if taken := sorted(specs.keys() & ghost.checkpoint.specs.keys()):
+        raise InputError(f"{taken[0]}: is in the model already, so its KV cache has scales; set kv_cache: none")
     return specs
 
 
@@ -272,6 +311,7 @@ def describe(plan: Plan) -> dict[str, Any]:
         ("model", f"{plan.source.model} ({type(plan.skeleton.model).__name__}, {len(plan.structure.blocks)} blocks)"),
         ("method", recipe.method_name),
         ("quantized", f"{len(plan.quantized)} linear layers, {params:,} weights"),
+        *([("KV cache", f"{kv.number}, a scale a {kv.strategy}, calibrated")] if (kv := plan.kv_scheme) else []),
         ("source", f"{source:,} bytes of tensors"),
         ("output", f"{output:,} bytes of tensors, {output / source:.1%} of the source"),
         ("disk", f"{output:,} bytes, reserved before the work starts"),

@@ -36,7 +36,7 @@ from quantkit import strict_yaml
 from quantkit.errors import InputError
 from quantkit.recipe_errors import explain, hint, problem, shown
 from quantkit.recipe_overrides import override
-from quantkit.recipe_scheme import NONE, Part, SchemeSpec
+from quantkit.recipe_scheme import FP8_CACHE, NONE, KvCacheSpec, Part, SchemeSpec
 from quantkit.strict_yaml import KeyPath
 from quantkit.types import Scheme
 
@@ -124,6 +124,11 @@ class Calibration(Part):
         default="concat", description="concat: documents one after another, cut into rows; document: one a row, padded."
     )
     batch_size: int = Field(default=8, ge=1, le=2**16, description="Rows that go through a block at once.")
+    input_scale: Literal["absmax", "percentile", "mse"] = Field(
+        default="absmax",
+        description="Static scales of inputs: from the largest |x|, the 99.99th percentile, or of least squared error; "
+        "NVFP4's global scale is always from the largest.",
+    )
 
 
 class Perplexity(Part):
@@ -158,6 +163,17 @@ def _none_is_off(value: Any) -> Any:
     if value is None:
         raise problem("expected a mapping, or none to leave validation out; got nothing")
     return None if value is False or value == NONE else value
+
+
+def _no_cache(value: Any) -> Any:
+    if value is None:
+        raise problem("expected fp8, a mapping of number and strategy, or none; got nothing")
+    return None if value == NONE else value
+
+
+def _cache_in_schema(schema: dict[str, Any]) -> None:
+    """The short forms, in place of the null that pydantic sees."""
+    schema["anyOf"] = [*(x for x in schema["anyOf"] if x != {"type": "null"}), {"enum": [FP8_CACHE, NONE]}]
 
 
 def _off_in_schema(schema: dict[str, Any]) -> None:
@@ -228,6 +244,11 @@ class Recipe(Part):
     trust_remote_code: bool = Field(default=False, description="Run Python code that comes with the model.")
     scheme: SchemeSpec
     rules: tuple[Rule, ...] = Field(default=(), strict=False, description="Exceptions to scheme; first match wins.")
+    kv_cache: Annotated[KvCacheSpec | None, BeforeValidator(_no_cache)] = Field(
+        default=None,
+        description="Keys and values as engines keep them: none leaves them in the model's dtype.",
+        json_schema_extra=_cache_in_schema,
+    )
     method: Method = Field(default_factory=lambda: Method.model_validate("gptq"))
     calibration: Calibration = Calibration()
     validation: Annotated[Validation | None, BeforeValidator(_none_is_off)] = Field(
@@ -243,6 +264,10 @@ class Recipe(Part):
 
     @field_serializer("validation")
     def _off_is_none(self, value: Validation | None) -> Any:
+        return NONE if value is None else value.model_dump(mode="json")
+
+    @field_serializer("kv_cache")
+    def _no_cache_is_none(self, value: KvCacheSpec | None) -> Any:
         return NONE if value is None else value.model_dump(mode="json")
 
     @property

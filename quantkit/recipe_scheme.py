@@ -22,6 +22,8 @@ from quantkit.recipe_errors import hint, problem, shown
 from quantkit.recipe_overrides import NONE
 from quantkit.types import Scheme, TensorScheme
 
+FP8_CACHE = "fp8"  # short for KvCacheSpec's defaults
+
 
 class Part(BaseModel):
     """What every section of a recipe has in common."""
@@ -130,6 +132,28 @@ class ActivationSpec(NumberSpec):
     def resolve(self) -> TensorScheme:
         """The scheme that this stands for."""
         return TensorScheme(self.number, self.strategy, self.group_size, self.symmetric, self.dynamic)
+
+
+class KvCacheSpec(Part):
+    """`fp8`, or `{number: fp8_e4m3, strategy: head}`: keys and values as engines keep them, scales calibrated."""
+
+    number: Literal["fp8_e4m3"] = Field(default="fp8_e4m3", description="Number format of keys and values.")
+    strategy: Literal["tensor", "head"] = Field(
+        default="tensor", description="What shares one scale: all keys (values) of a layer, or those of a head."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _spread(cls, value: Any) -> Any:
+        if value == FP8_CACHE:
+            return {}
+        if not isinstance(value, Mapping | KvCacheSpec):
+            raise problem("expected fp8, a mapping of number and strategy, or none; got {got}", got=shown(value))
+        return value
+
+    def resolve(self) -> TensorScheme:
+        """The scheme that this stands for."""
+        return TensorScheme(self.number, self.strategy)
 
 
 class SchemeSpec(Part):

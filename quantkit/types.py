@@ -94,11 +94,13 @@ class Stats:
     tokens      how many rows went in
     gram_KK     (K, K) float32, the mean of x xᵀ (GPTQ's Hessian up to a factor); None if nothing asked for it
     absmax_K    (K,) float32, the largest |x| of each channel; None if nothing asked for it
+    magnitudes  (32768,) int64, how often each |x| was seen, by its bfloat16 pattern; None if nothing asked for it
     """
 
     tokens: int
     gram_KK: torch.Tensor | None = None
     absmax_K: torch.Tensor | None = None
+    magnitudes: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -192,3 +194,15 @@ class Format(Protocol):
     def files(self, schemes: Mapping[str, Scheme | None]) -> dict[str, Any]: ...
 
     def read_config(self, config: Mapping[str, Any]) -> Any: ...
+
+
+class KvFormat(Format, Protocol):
+    """A checkpoint format that also holds the scales of a quantized KV cache, below each attention layer."""
+
+    def kv_tensors(self, scheme: TensorScheme, heads: int, dtype: str) -> dict[str, TensorSpec]: ...
+
+    def pack_kv(
+        self, k_scale: torch.Tensor, v_scale: torch.Tensor, scheme: TensorScheme
+    ) -> dict[str, torch.Tensor]: ...
+
+    def config(self, schemes: Mapping[str, Scheme | None], kv_cache: TensorScheme | None = None) -> dict[str, Any]: ...

@@ -16,7 +16,7 @@ from quantkit.checkpoint import DTYPES
 from quantkit.types import QParams, QuantizedTensor, Scheme
 
 # Dimensions that every format takes: blocks of 128, groups of 128, words of 32.
-DIMS = {
+DIMS: dict[str, Any] = {
     "hidden_size": 128,
     "intermediate_size": 256,
     "num_attention_heads": 4,
@@ -83,7 +83,7 @@ def split(folder: Path, tensors: dict[str, torch.Tensor], size: int) -> None:
         if shards[-1] and sum(x.nbytes for x in shards[-1].values()) + t.nbytes > size:
             shards.append({})
         shards[-1][name] = t
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for i, part in enumerate(shards, 1):
         file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
         save_file(part, folder / file, {"format": "pt"})

@@ -115,8 +115,8 @@ def test_there_and_back_gives_the_same_bytes(scheme: str, a: str, b: str, tmp_pa
             assert all(x is None or not x.any() for x in zeros)
         else:
             assert same(*zeros)
-        close = {"rtol": 2**-22, "atol": 0.0} if "NVFP4" in scheme else {"rtol": 0.0, "atol": 0.0}
-        torch.testing.assert_close(numerics.dequantize(r), decoded[name], **close)
+        exact = 2**-22 if "NVFP4" in scheme else 0
+        torch.testing.assert_close(numerics.dequantize(r), decoded[name], rtol=exact, atol=0)
         assert (inputs is None) == (others is None)
         if inputs is not None and inputs.scale_NG.numel():
             assert torch.equal(inputs.scale_NG.float(), others.scale_NG.float())
@@ -210,10 +210,17 @@ def test_many_shards_one_layer_at_a_time(tmp_path: Path, monkeypatch: pytest.Mon
     convert(tmp_path / "one", GPTQ, tmp_path / "a")
     seen: list[str] = []
     read, write = Checkpoint.read, converting.ShardWriter.write
-    monkeypatch.setattr(Checkpoint, "read", lambda self, name: (seen.append(f"read {name}"), read(self, name))[1])
-    monkeypatch.setattr(
-        converting.ShardWriter, "write", lambda self, n, t: (seen.append(f"write {n}"), write(self, n, t))[1]
-    )
+
+    def spy_read(self: Checkpoint, name: str) -> torch.Tensor:
+        seen.append(f"read {name}")
+        return read(self, name)
+
+    def spy_write(self: converting.ShardWriter, name: str, tensor: torch.Tensor) -> None:
+        seen.append(f"write {name}")
+        write(self, name, tensor)
+
+    monkeypatch.setattr(Checkpoint, "read", spy_read)
+    monkeypatch.setattr(converting.ShardWriter, "write", spy_write)
     plan = converting.make(tmp_path / "many", GPTQ)
     assert not [x for x in seen if not x.endswith("weight_shape")], "planning read weights"
     convert(tmp_path / "many", GPTQ, tmp_path / "b", shard_size="30KB")
@@ -250,6 +257,12 @@ def test_files_are_copied_and_the_old_formats_own_are_not(tmp_path: Path) -> Non
     ]
     assert summary["status"] == "unvalidated" and summary["validation"] is None and summary["source"] is None
     assert summary["converted_from"]["format"] == MODELOPT and summary["converted_from"]["to"] == GPTQ
+
+
+def test_the_files_that_formats_write_are_known_as_theirs() -> None:
+    for form in (CT, GPTQ, AWQ, MODELOPT, FP8_BLOCK):
+        scheme = SCHEMES["FP8_BLOCK" if form == FP8_BLOCK else "W4"]
+        assert all(formats.CONFIG_FILES[file] == form for file in formats.get(form).files({"x": scheme}))
 
 
 @pytest.mark.parametrize(("form", "file"), [(GPTQ, "quantize_config.json"), (MODELOPT, "hf_quant_config.json")])

@@ -35,6 +35,7 @@ LAYERS = (
         "quantkit.transforms",
         "quantkit.skeleton",
         "quantkit.blocks",
+        "quantkit.kv_cache",
         "quantkit.calibration",
         "quantkit.packed",
         "quantkit.lint",

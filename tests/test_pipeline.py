@@ -277,6 +277,11 @@ def test_a_group_size_that_does_not_divide(tmp_path):
     )
 
 
+def test_a_scale_search_that_the_number_format_does_not_have(tmp_path):
+    folder = tiny.save(tmp_path / "model")
+    refused(tmp_path, folder, "int4 has no scale search 'ocp'", method={"rtn": {"scale_search": "ocp"}})
+
+
 def test_nothing_to_quantize(tmp_path):
     folder = tiny.save(tmp_path / "model")
     refused(tmp_path, folder, "no layer would be quantized", rules=[{"match": "*", "scheme": "none"}])

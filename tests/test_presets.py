@@ -156,6 +156,7 @@ def recipe(model: Path, scheme: object, **changes: object) -> dict[str, object]:
         "method": "rtn",
         "calibration": CALIBRATION,
         "validate": "none",
+        "export": {"engines": ["transformers"]},
         **changes,
     }
 

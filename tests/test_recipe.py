@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quantkit import algorithms, strict_yaml
+from quantkit import algorithms, lint, strict_yaml
 from quantkit.errors import InputError
 from quantkit.presets import PRESETS
 from quantkit.recipe import Gates, Recipe, json_schema
@@ -42,6 +42,7 @@ def test_short_recipe_gets_every_default() -> None:
     assert recipe.validation is not None
     assert recipe.validation.gates.kl is None
     assert recipe.export.shard_bytes == 5 * 10**9
+    assert recipe.export.engines == ("transformers", "vllm")
 
 
 @pytest.mark.parametrize(
@@ -95,9 +96,34 @@ def test_validation_can_be_left_out(off: str) -> None:
     assert Recipe.parse(recipe.to_yaml()) == recipe
 
 
+@pytest.mark.parametrize(
+    ("text", "scheme"),
+    [
+        ("none", None),
+        ("fp8", TensorScheme("fp8_e4m3", "tensor")),
+        ("{strategy: head}", TensorScheme("fp8_e4m3", "head")),
+        ("{number: fp8_e4m3, strategy: tensor}", TensorScheme("fp8_e4m3", "tensor")),
+    ],
+)
+def test_forms_of_a_kv_cache(text: str, scheme: TensorScheme | None) -> None:
+    recipe = Recipe.parse(f"{SHORT}kv_cache: {text}\n")
+    assert (None if recipe.kv_cache is None else recipe.kv_cache.resolve()) == scheme
+    assert Recipe.parse(recipe.to_yaml()) == recipe
+    written = recipe.to_dict()["kv_cache"]
+    assert written == ("none" if scheme is None else {"number": "fp8_e4m3", "strategy": scheme.strategy})
+    assert {"enum": ["fp8", "none"]} in json_schema()["properties"]["kv_cache"]["anyOf"]
+
+
 @pytest.mark.parametrize(("size", "count"), [("5GB", 5 * 10**9), ("1.5 MiB", 3 * 2**19), ("200kb", 200_000)])
 def test_shard_size(size: str, count: int) -> None:
     assert Recipe.parse(f"{SHORT}export: {{shard_size: {size}}}\n").export.shard_bytes == count
+
+
+def test_engines() -> None:
+    for text, expected in (("[]", ()), ("[vllm, tensorrt-llm, vllm]", ("vllm", "tensorrt-llm"))):
+        recipe = Recipe.parse(f"{SHORT}export: {{engines: {text}}}\n")
+        assert recipe.export.engines == expected
+        assert Recipe.parse(recipe.to_yaml()) == recipe
 
 
 # Round trip
@@ -115,12 +141,24 @@ def test_shipped_recipes_read_and_round_trip(path: Path) -> None:
 def test_resolved_yaml_says_every_default_in_a_fixed_order() -> None:
     text = Recipe.parse("scheme: W4A16\nmethod: rtn\nmodel: m\n").to_yaml()
     top = [line.partition(":")[0] for line in text.splitlines() if not line.startswith((" ", "-"))]
-    assert top == ["model", "trust_remote_code", "scheme", "rules", "method", "calibration", "validate", "export"]
+    assert top == [
+        "model",
+        "trust_remote_code",
+        "scheme",
+        "rules",
+        "kv_cache",
+        "method",
+        "calibration",
+        "validate",
+        "export",
+    ]
     for line in (
         "preset: W4A16",
         "group_size: 128",
         "scale_search: mse",
         "length: 2048",
+        "input_scale: absmax",
+        "kv_cache: none",
         "kl: null",
         "shard_size: 5GB",
     ):
@@ -172,6 +210,16 @@ def test_every_problem_is_listed_once_in_the_order_of_the_file() -> None:
         ("calibration: {data: }", "calibration.data: expected text, got nothing"),
         ("calibration: {data: ''}", "calibration.data: expected text, got ''"),
         ("calibration: {packing: tight}", "calibration.packing: expected 'concat' or 'document', got 'tight'"),
+        ("export: {engines: [vlm]}", "export.engines: unknown engine vlm; did you mean vllm?"),
+        ("export: {engines: [tgi]}", "unknown engine tgi; known: sglang, tensorrt-llm, transformers, vllm"),
+        ("export: {engines: vllm}", "export.engines: expected a list, got 'vllm'"),
+        ("calibration: {input_scale: best}", "input_scale: expected 'absmax', 'percentile' or 'mse', got 'best'"),
+        ("kv_cache: fp4", "kv_cache: expected fp8, a mapping of number and strategy, or none; got 'fp4'"),
+        ("kv_cache: ", "kv_cache: expected fp8, a mapping of number and strategy, or none; got nothing"),
+        ("kv_cache: false", "kv_cache: expected fp8, a mapping of number and strategy, or none; got false"),
+        ("kv_cache: {number: int8}", "kv_cache.number: expected 'fp8_e4m3', got 'int8'"),
+        ("kv_cache: {strategy: token}", "kv_cache.strategy: expected 'tensor' or 'head', got 'token'"),
+        ("kv_cache: {stratgy: head}", "unknown key kv_cache.stratgy; did you mean strategy?"),
         ("calibration: 5", "calibration: expected a mapping of keys to values, got 5"),
         ("rules: {match: a}", "rules: expected a list, got a mapping of match"),
         ("rules: [{match: a}]", "rules.0.scheme is missing"),
@@ -264,6 +312,8 @@ def test_preset_without_groups_refuses_a_group_size(monkeypatch: pytest.MonkeyPa
         (["scheme.group_size=64"], ("scheme", "group_size"), 64),
         (["method.gptq.act_order=none"], ("method", "gptq", "act_order"), "none"),
         (["method=rtn", "method.rtn.scale_search=absmax"], ("method", "rtn", "scale_search"), "absmax"),
+        (["kv_cache=fp8"], ("kv_cache", "strategy"), "tensor"),
+        (["kv_cache=fp8", "kv_cache.strategy=head"], ("kv_cache", "strategy"), "head"),
         (["validate=none"], ("validate",), "none"),
         (["validate=none", "validate.prompt=a b"], ("validate", "prompt"), "a b"),
         (["rules.0.scheme=W8A16"], ("rules", 0, "scheme", "preset"), "W8A16"),
@@ -360,6 +410,10 @@ def test_a_recipe_may_set_every_gate_that_there_is() -> None:
 
 
 # The schema
+
+
+def test_schema_offers_the_engines() -> None:
+    assert json_schema()["$defs"]["Export"]["properties"]["engines"]["items"]["enum"] == lint.names()
 
 
 def test_schema_knows_every_key_of_a_resolved_recipe() -> None:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 from quantkit.errors import InputError
-from quantkit.types import Format
+from quantkit.types import Format, KvFormat
 
 # Files beside config.json in which tools put a quantization config, and the format that it is of. What we write has
 # one only where the format asks for it: a copy of the source's would contradict config.json.
@@ -49,6 +49,17 @@ def name_of(module: Format) -> str:
 def scale_dtype(module: Format, dtype: str) -> str:
     """The dtype in which a format stores scales, as safetensors calls it, for a model of `dtype`: "F16" for gptq."""
     return str(getattr(module, "SCALE_DTYPE", dtype))
+
+
+def with_kv_cache(module: Format) -> KvFormat:
+    """The same format, if quantkit can write the scales of a KV cache to it. Raises InputError that names those."""
+    if not hasattr(module, "kv_tensors"):
+        known = ", ".join(name for name in names() if hasattr(get(name), "kv_tensors"))
+        raise InputError(
+            f"kv_cache: the scales of a KV cache are not written to {name_of(module)}; set export.format to one of "
+            f"{known}, or kv_cache to none"
+        )
+    return cast(KvFormat, module)
 
 
 def quantization_config(config: Mapping[str, Any]) -> dict[str, Any] | None:

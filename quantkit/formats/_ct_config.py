@@ -334,8 +334,6 @@ def not_packed(read: ReadConfig) -> str | None:
     """Why a checkpoint cannot stay packed under integer weight-only kernels; None when it can."""
     if read.unsupported is not None:
         return read.unsupported
-    if read.kv_cache is not None:
-        return "kv_cache_scheme is set"
     for group in read.groups:
         if group.scheme.activations is not None:
             return f"{group.name} quantizes input activations"

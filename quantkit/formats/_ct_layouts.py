@@ -37,6 +37,7 @@ import torch
 
 from quantkit import numerics
 from quantkit.errors import InputError
+from quantkit.formats._shared import from_offset_binary, offset_binary
 from quantkit.types import QParams, QuantizedTensor, Scheme, TensorScheme, TensorSpec
 from quantkit_kernels.bits import pack_bits, packed_width, unpack_bits
 
@@ -202,14 +203,13 @@ def _pack_packed(q: QuantizedTensor) -> dict[str, torch.Tensor]:
 def _pack_offset(codes: torch.Tensor, b: int) -> torch.Tensor:
     """Signed codes (R, n) -> words (R, ceil(n b / 32)): offset binary, not two's complement."""
     try:
-        return pack_bits(codes.to(torch.int16) + (1 << (b - 1)), b)
+        return pack_bits(offset_binary(codes, b), b)
     except ValueError as error:
         raise InputError(f"int{b}: with the offset {1 << (b - 1)}, {error}") from error
 
 
 def _unpack_offset(words: torch.Tensor, b: int, n: int) -> torch.Tensor:
-    # uint8 wraps, so adding 256 - offset and reading the byte as signed subtracts the offset, for 8 bits too
-    return (unpack_bits(words, b, n) + (256 - (1 << (b - 1)))).view(torch.int8)
+    return from_offset_binary(unpack_bits(words, b, n), b)
 
 
 def _unpack_packed(tensors: Mapping[str, torch.Tensor], scheme: TensorScheme) -> QuantizedTensor:

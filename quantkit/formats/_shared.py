@@ -196,6 +196,18 @@ def by_column(
     return QuantizedTensor(q.codes_NK, qparams, replace(q.scheme, strategy="group", group_size=1))
 
 
+def offset_binary(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Signed int8 codes as uint8, 2^(bits-1) added. One outside the range wraps to 2^bits or more, never into it."""
+    if codes.dtype != torch.int8:
+        raise InputError(f"int{bits}: codes are {codes.dtype}, not int8")
+    return codes.view(torch.uint8) + (1 << (bits - 1))
+
+
+def from_offset_binary(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """The inverse of `offset_binary`: uint8 wraps, so adding 256 - offset and reading it as signed subtracts."""
+    return (codes + (256 - (1 << (bits - 1)))).view(torch.int8)
+
+
 def pack_pairs(form: str, codes: torch.Tensor) -> torch.Tensor:
     """Codes 0..15, two a byte, the even one in the low nibble: uint8 (..., n) -> (..., n / 2).
 

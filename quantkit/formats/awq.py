@@ -28,6 +28,7 @@ from quantkit.formats._shared import (
     dense,
     fits,
     integer,
+    offset_binary,
     one_scheme,
     reading,
     strings,
@@ -129,7 +130,7 @@ def is_symmetric(qzeros: torch.Tensor) -> bool:
 
 def _pack(codes: torch.Tensor) -> torch.Tensor:
     """Signed codes (R, N) -> words (R, N / 8)."""
-    mixed = codes.to(torch.int16).unflatten(-1, (-1, 8))[..., ORDER].flatten(-2) + 8
+    mixed = offset_binary(codes, 4).unflatten(-1, (-1, 8))[..., ORDER].flatten(-2)
     try:
         return pack_bits(mixed, 4)
     except ValueError as error:

@@ -36,7 +36,9 @@ from quantkit.formats._shared import (
     by_column,
     check,
     fits,
+    from_offset_binary,
     integer,
+    offset_binary,
     one_scheme,
     reading,
     strings,
@@ -113,7 +115,7 @@ def pack(
     else:
         stored = zero.to(torch.int16) + half
     try:
-        qweight = pack_bits(q.codes_NK.to(torch.int16) + half, bits).t()
+        qweight = pack_bits(offset_binary(q.codes_NK, bits), bits).t()
         qzeros = pack_bits(stored.t(), bits)
     except ValueError as error:
         raise InputError(f"gptq: int{bits} with the offset {half}: {error}") from error
@@ -159,7 +161,7 @@ def unpack(tensors: Mapping[str, torch.Tensor], scheme: Scheme, *, zeros: Zeros 
         signed_zero = None
     else:
         signed_zero = (zero - half).to(torch.int8).t().contiguous()
-    codes = (unpack_bits(tensors["qweight"].t(), bits, k).to(torch.int16) - half).to(torch.int8)
+    codes = from_offset_binary(unpack_bits(tensors["qweight"].t(), bits, k), bits)
     q = QuantizedTensor(codes, QParams(tensors["scales"].t().contiguous(), signed_zero), w)
     g_idx = tensors["g_idx"].long()
     if int(g_idx.min()) < 0 or int(g_idx.max()) >= groups:

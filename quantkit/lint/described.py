@@ -144,6 +144,10 @@ def gather(found: Iterable[tuple[Layer, str]]) -> Iterator[tuple[str, str]]:
 
 def from_folder(path: Path, tp: int = 1) -> Described:
     """Describes a checkpoint on disk. Raises InputError when it is not one, or is not quantized in a known way."""
+    if not (path / "config.json").is_file():
+        raise InputError(
+            f"{path}: {'no config.json, so it is not a model folder' if path.is_dir() else 'no such folder'}"
+        )
     config = hub.read_json(path / "config.json")
     checkpoint = Checkpoint.open(path)
     quantization = packed.find_config(path, config)
@@ -305,21 +309,24 @@ class _Place:
         in_memory, wanted = skeleton.namer(model), model.state_dict()
         memory_linears = _linears(model)
         self.modules = frozenset(name for name, _ in model.named_modules())
-        found: dict[str, int] = defaultdict(int)
+        found: set[str] = set()
+        experts: dict[str, int] = defaultdict(int)
         for key in _dense_names(checkpoint.specs, packed):
             name, merged = in_memory(key)
             if name not in wanted:
                 self.left_over.append(key)
                 continue
-            found[name] += 1
+            found.add(name)
+            if merged and re.search(r"\.experts\.\d+\.", key):
+                experts[name] += 1
             owner = name.removesuffix(".weight")
             if key.endswith(".weight") and (merged or owner in memory_linears):
                 self.linears.add(key.removesuffix(".weight"))
                 memory_linears.discard(owner)
         tied = set(getattr(model, "all_tied_weights_keys", None) or {})
         self.missing = sorted(name for name in wanted if name not in found and name not in tied)
-        for name, count in found.items():  # experts that are stacked in memory: each must be there, as often
-            if count > 1 and count % wanted[name].shape[0]:
+        for name, count in experts.items():  # stacked in memory: of each expert there are as many
+            if count % wanted[name].shape[0]:
                 self.missing.append(f"{name} of some experts")
         self.linears |= {name for name in memory_linears if f"{name}.weight" in tied}
 

@@ -105,7 +105,8 @@ def targets_by_name(d: Described) -> Iterator[Problem]:
     """TensorRT-LLM, models/quant_config_utils.py: with several groups, a target that is a class name raises."""
     groups = list(_groups(d))
     for where, group in groups if len(groups) > 1 else ():
-        for target in group.get("targets") or ():
+        targets = group.get("targets")
+        for target in targets if isinstance(targets, list) else ():
             if isinstance(target, str) and not target.startswith("re:") and target not in d.layers:
                 yield Problem(
                     "error",
@@ -172,7 +173,7 @@ def ignore_names(d: Described) -> Iterator[Problem]:
 
 def dense_lists(d: Described) -> Iterator[Problem]:
     """transformers and TensorRT-LLM read `modules_to_not_convert` of an fp8 config; `ignored_layers` is vLLM's."""
-    if d.format != "fp8-block":
+    if d.format != "fp8-block" or d.unread is not None:
         return
     theirs, vllm = (d.quantization.get(key) or [] for key in ("modules_to_not_convert", "ignored_layers"))
     if vllm and sorted(theirs) != sorted(vllm):

@@ -67,8 +67,10 @@ def _bits(layer: Layer) -> int:
     return int(number[3:]) if number.startswith("int") else 0
 
 
-def _asymmetric(layer: Layer) -> bool:
-    return layer.scheme is not None and not layer.scheme.weights.symmetric
+def _packs_rows(layer: Layer) -> bool:
+    """Whether zero points are packed along out_features; gptq and awq have them also when they are all the same."""
+    asymmetric = layer.scheme is not None and not layer.scheme.weights.symmetric
+    return layer.layout in ("gptq", "awq") or (layer.layout == "pack-quantized" and asymmetric)
 
 
 def _cut(d: Described, layer: Layer) -> tuple[int, int]:
@@ -183,9 +185,10 @@ def groups_divide(d: Described) -> Iterator[Problem]:
             found.append((x, f"in_features {k}{split} is not divided by groups of {size}"))
         if n % rows:
             found.append((x, f"out_features {n} is not divided{split}"))
-        elif rows > 1 and _asymmetric(x) and x.layout != "int-quantized" and n // rows * _bits(x) % 32:
+        elif rows > 1 and _packs_rows(x) and n // rows * _bits(x) % 32:
             found.append((x, f"zero points of {n // rows} rows of {_bits(x)} bits do not fill whole words{split}"))
-        if columns > 1 and x.layout == "pack-quantized" and k % columns == 0 and k // columns * _bits(x) % 32:
+        packs = x.layout in ("pack-quantized", "gptq")
+        if columns > 1 and packs and k % columns == 0 and k // columns * _bits(x) % 32:
             found.append((x, f"{k // columns} columns of {_bits(x)} bits do not fill whole words{split}"))
     for where, what in gather(found):
         yield Problem("error", where, what, "use another group size or --tp, or leave the layer dense")

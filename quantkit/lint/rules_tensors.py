@@ -114,7 +114,7 @@ def w4afp8_packed(d: Described) -> Iterator[Problem]:
 def gptq_zero_points(d: Described) -> Iterator[Problem]:
     """GPTQModel, AutoGPTQ: v1 stores z - 1, so 0 becomes the largest code, which some carry into the next."""
     version = str(d.quantization.get("checkpoint_format") or d.quantization.get("format") or "gptq")
-    if d.format != "gptq" or version != "gptq" or d.quantization.get("sym", True):
+    if d.format != "gptq" or version != "gptq" or d.unread is not None or d.quantization.get("sym", True):
         return
     wrapped = [
         name.removesuffix(".qzeros")

@@ -76,8 +76,9 @@ class Magnitudes:
     32768 counters, whatever the range; two of them can be added. Nothing depends on the order of the batches.
     """
 
-    def __init__(self, device: torch.device | str = "cpu") -> None:
-        self.counts = torch.zeros(MAGNITUDES, dtype=torch.int64, device=device)
+    def __init__(self, device: torch.device | str = "cpu", counts: torch.Tensor | None = None) -> None:
+        new = torch.zeros(MAGNITUDES, dtype=torch.int64, device=device)
+        self.counts = new if counts is None else counts
 
     def update(self, x: torch.Tensor) -> None:
         """Counts all values of x, any shape, float. Leave padding out before. Raises InputError for NaN and Inf."""

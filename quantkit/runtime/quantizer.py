@@ -23,6 +23,7 @@ from transformers.utils.import_utils import is_compressed_tensors_available
 
 from quantkit.errors import InputError, MissingError
 from quantkit.formats.compressed_tensors import ReadConfig, not_packed, read_config
+from quantkit.runtime import cache
 from quantkit.runtime.linear import PackedLinear
 from quantkit.types import Scheme
 
@@ -86,6 +87,7 @@ class PackedQuantizer(CompressedTensorsHfQuantizer):
         HfQuantizer.__init__(self, quantization_config, **kwargs)
         self.read = quantization_config.read()
         self.packed, self.use_fp8_kernel = True, False
+        self.cache_hooks: list[Any] = []
         if quantization_config.dequantize:
             self._fall_back("dequantize=True asks for dense weights")
         elif (reason := not_packed(self.read)) is not None:
@@ -110,8 +112,13 @@ class PackedQuantizer(CompressedTensorsHfQuantizer):
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         if self.packed:
-            swaps, reason = plan(model, self.read, kwargs.get("checkpoint_files"))
+            files = kwargs.get("checkpoint_files")
+            swaps, reason = plan(model, self.read, files)
+            owners: dict[str, dict[str, tuple[int, ...]]] = {}
+            if reason is None and self.read.kv_cache is not None:
+                owners, reason = caches_on_disk(model, files)
             if reason is None:
+                self.cache_hooks = cache.attach(model, owners)
                 for name, scheme in swaps.items():
                     model.set_submodule(name, _packed_like(name, model.get_submodule(name), scheme))
                 return
@@ -126,12 +133,17 @@ class PackedQuantizer(CompressedTensorsHfQuantizer):
             if isinstance(module, PackedLinear):
                 module.requires_grad_(False)  # the loader turns it on for floats, whatever the parameter was
                 module.check_loaded(name)
+            for leaf in cache.LEAVES if self.cache_hooks else ():
+                if leaf in module._parameters:
+                    module._parameters[leaf].requires_grad_(False)
         return model
 
     def _dequantize(self, model: nn.Module, dtype: Any = None) -> Any:
-        """`model.dequantize()`: each packed layer becomes a dense one."""
+        """`model.dequantize()`: each packed layer becomes a dense one, and keys and values stay as they are."""
         if not self.packed:
             return super()._dequantize(model, dtype=dtype)
+        if self.cache_hooks:
+            cache.detach(model, self.cache_hooks)
         if isinstance(dtype, str):  # as config.json has it; transformers passes it on
             dtype = getattr(torch, dtype)
         for name, module in list(model.named_modules()):
@@ -228,6 +240,33 @@ def names_on_disk(model: nn.Module, checkpoint_files: Sequence[str]) -> tuple[di
     """
     if not all(str(file).endswith(".safetensors") for file in checkpoint_files):
         return {}, "the checkpoint is not in safetensors"
+    found: dict[str, str] = {}
+    for key, disk, name, merged in _keys_in_memory(model, checkpoint_files):
+        if disk == key:
+            continue
+        if merged:
+            return {}, f"{key} is merged with other tensors while loading (fused experts)"
+        found[name.removesuffix(".weight")] = disk.removesuffix(".weight")
+    return found, None
+
+
+def caches_on_disk(
+    model: nn.Module, checkpoint_files: Sequence[str] | None
+) -> tuple[dict[str, dict[str, tuple[int, ...]]], str | None]:
+    """Attention layers with the shapes of the scales of their KV cache; or why they cannot be held, as `cache.plan`."""
+    if not checkpoint_files:
+        return {}, "kv_cache_scheme is set, and without files its scales are not known"
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in checkpoint_files:
+        with safe_open(file, framework="pt") as opened:
+            scales = [key for key in opened.keys() if key.endswith(cache.LEAVES)]  # noqa: SIM118
+            shapes |= {key: tuple(opened.get_slice(key).get_shape()) for key in scales}
+    in_memory = {disk: name for _, disk, name, merged in _keys_in_memory(model, checkpoint_files) if not merged}
+    return cache.plan(in_memory, shapes)
+
+
+def _keys_in_memory(model: nn.Module, checkpoint_files: Sequence[str]) -> list[tuple[str, str, str, bool]]:
+    """Of each tensor: its name, the name it would have if it were dense, that one in memory, whether it is merged."""
     # imported here: while transformers is being imported, and registers us, these may be only half there
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
@@ -240,13 +279,9 @@ def names_on_disk(model: nn.Module, checkpoint_files: Sequence[str]) -> tuple[di
     for file in checkpoint_files:
         with safe_open(file, framework="pt") as opened:
             keys += opened.keys()
-    found: dict[str, str] = {}
+    found = []
     for key in sorted(keys, key=dot_natural_key):  # the loader's order: some renamings begin with the key they see
         disk = key.removesuffix("_packed") if key.endswith(".weight_packed") else key
         name, merged = rename_source_key(disk, renamings, converters, model.base_model_prefix, state)
-        if disk == key:
-            continue
-        if merged is not None:
-            return {}, f"{key} is merged with other tensors while loading (fused experts)"
-        found[name.removesuffix(".weight")] = disk.removesuffix(".weight")
-    return found, None
+        found.append((key, disk, name, merged is not None))
+    return found
