@@ -2,8 +2,8 @@
 
     python eval/convert_speed.py --gb 4 --out build/convert-speed
 
-Writes a checkpoint of random codes (compressed-tensors, 4 bits, groups of 128) of the given size, then times `cp -r`
-and the conversion to gptq, and reports MB of the source a second. Both end when the bytes are on the disk, not when
+Writes a checkpoint of random codes (compressed-tensors, 4 bits, groups of 128) of the given size, then times `cp -r`,
+the conversion to gptq and `quantkit lint`, and reports MB of the source a second. Both end when the bytes are on the disk, not when
 the system has promised to write them. The source is in the page cache for both, if it fits there.
 """
 
@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from quantkit import formats
+from quantkit import formats, lint
 from quantkit.checkpoint import ShardWriter
 from quantkit.convert import convert
 from quantkit.errors import InputError
@@ -96,6 +96,9 @@ def main() -> None:
         convert(source, args.to, converted)
         os.sync()
         seconds = time.perf_counter() - start
+        start = time.perf_counter()
+        findings = lint.folder(source, ["vllm"])
+        lint_seconds = time.perf_counter() - start
         written = folder_size(converted)
     except InputError as e:
         raise SystemExit(str(e)) from None
@@ -104,6 +107,7 @@ def main() -> None:
     print(f"source             {size / 1e6:,.0f} MB, written by {args.to}: {written / 1e6:,.0f} MB")
     print(f"cp -r              {copy_seconds:7.1f} s  {size / 1e6 / copy_seconds:8,.0f} MB/s")
     print(f"quantkit convert   {seconds:7.1f} s  {size / 1e6 / seconds:8,.0f} MB/s")
+    print(f"quantkit lint      {lint_seconds:7.1f} s  reads headers only; {len(findings)} findings")
 
 
 if __name__ == "__main__":

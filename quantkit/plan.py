@@ -111,7 +111,7 @@ def make(recipe: Recipe) -> Plan:
     linears, warnings = _linears(recipe, ghost, structure)
     if not any(x.scheme for x in linears.values()):
         raise InputError("no layer would be quantized: every linear is left dense by a rule or by scheme: none")
-    specs = _specs(recipe, ghost, structure, linears) | _kv_specs(recipe, ghost, caches)
+    specs = _specs(recipe, ghost, structure, linears, _kv_specs(recipe, ghost, caches))
     if ghost.unknown:
         names = ", ".join(ghost.unknown[:3]) + (", ..." if len(ghost.unknown) > 3 else "")
         warnings.append(
@@ -217,9 +217,16 @@ def _check(name: str, shape: tuple[int, int], dtype: str, scheme: Scheme, recipe
 
 
 def _specs(
-    recipe: Recipe, ghost: skeleton.Skeleton, structure: blocks.Structure, linears: dict[str, Linear]
+    recipe: Recipe,
+    ghost: skeleton.Skeleton,
+    structure: blocks.Structure,
+    linears: dict[str, Linear],
+    caches: dict[str, dict[str, TensorSpec]],
 ) -> dict[str, TensorSpec]:
-    """Every tensor of the output: those outside the blocks first, then block by block."""
+    """Every tensor of the output: those outside the blocks first, then block by block.
+
+    caches  scales of the KV cache, by block
+    """
     pack = formats.get(recipe.export.format)
     specs: dict[str, TensorSpec] = {}
 
@@ -237,6 +244,7 @@ def _specs(
     for block in structure.blocks:
         for memory in ghost.parameters(block.name + "."):
             add(memory)
+        specs |= caches.get(block.name, {})
     for name in ghost.unknown:
         specs[name] = ghost.checkpoint.specs[name]
     return specs
@@ -248,20 +256,19 @@ def _kv_scheme(recipe: Recipe) -> TensorScheme | None:
 
 def _kv_specs(
     recipe: Recipe, ghost: skeleton.Skeleton, caches: tuple[kv_cache.Attention, ...]
-) -> dict[str, TensorSpec]:
-    """The scales of the KV cache. Raises InputError when the model has tensors of these names already."""
+) -> dict[str, dict[str, TensorSpec]]:
+    """The scales of the KV cache, by block. Raises InputError when the model has tensors of these names already."""
     scheme = _kv_scheme(recipe)
     if scheme is None:
         return {}
     form = formats.with_kv_cache(formats.get(recipe.export.format))
-    specs = {
-        f"{x.name}.{leaf}": spec
-        for x in caches
-        for leaf, spec in form.kv_tensors(scheme, x.heads, NAMES[ghost.dtype]).items()
-    }
-    if taken := sorted(specs.keys() & ghost.checkpoint.specs.keys()):
-        raise InputError(f"{taken[0]}: is in the model already, so its KV cache has scales; set kv_cache: none")
-    return specs
+    found = {}
+    for x in caches:
+        specs = form.kv_tensors(scheme, x.heads, NAMES[ghost.dtype])
+        found[x.block] = {f"{x.name}.{leaf}": spec for leaf, spec in specs.items()}
+        if taken := sorted(found[x.block].keys() & ghost.checkpoint.specs.keys()):
+            raise InputError(f"{taken[0]}: is in the model already, so its KV cache has scales; set kv_cache: none")
+    return found
 
 
 def outside(ghost: skeleton.Skeleton, structure: blocks.Structure) -> list[str]:

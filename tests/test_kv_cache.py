@@ -25,9 +25,9 @@ from quantkit.errors import InputError
 from quantkit.recipe import Recipe
 from quantkit.runtime.linear import PackedLinear
 
-CALIBRATION = {"data": "builtin:pydocs", "samples": 6, "length": 48, "batch_size": 4}
+CALIBRATION: dict[str, Any] = {"data": "builtin:pydocs", "samples": 6, "length": 48, "batch_size": 4}
 LAST = [{"match": "model.layers.1.mlp.down_proj", "scheme": {"preset": "W8A16", "group_size": 32}}]
-ONLY_THE_LAST = {"scheme": "none", "rules": LAST}  # no key or value depends on a rounded weight
+ONLY_THE_LAST: dict[str, Any] = {"scheme": "none", "rules": LAST}  # no key or value depends on a rounded weight
 
 
 def recipe(model: Path, **changes: Any) -> dict[str, Any]:
@@ -144,7 +144,10 @@ def test_padding_does_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     texts = tmp_path / "texts.jsonl"
     texts.write_text("\n".join(json.dumps({"text": f"def f{i}(x): return x" * (i + 1)}) for i in range(6)))
-    changes = {"calibration": {**CALIBRATION, "data": str(texts), "packing": "document"}, **ONLY_THE_LAST}
+    changes: dict[str, Any] = {
+        "calibration": {**CALIBRATION, "data": str(texts), "packing": "document"},
+        **ONLY_THE_LAST,
+    }
     written = quantized(folder, tmp_path / "out", **changes)
     settled = Recipe.from_any(recipe(folder, **changes))
     (_, v), (_, every) = brute_force(folder, settled)[0], brute_force(folder, settled, masked=False)[0]

@@ -26,7 +26,7 @@ class Terminal(io.StringIO):
         return True
 
 
-PEAK = r" · peak \d+\.\d\d GiB"
+PEAK = r" · peak \d+\.\d\d GiB( · GPU \d+\.\d\d GiB)?"
 
 
 def test_plain_lines_one_an_item_with_time_left_and_memory() -> None:

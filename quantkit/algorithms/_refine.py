@@ -41,7 +41,7 @@ def _refits(q: QuantizedTensor) -> bool:
 def _scales(w: torch.Tensor, q: QuantizedTensor, hessian: torch.Tensor) -> QParams:
     """Least-squares scales, one group of columns after the other."""
     scale = q.qparams.scale_NG.clone()
-    n, groups = scale.shape
+    groups = scale.shape[1]
     width = w.shape[1] // groups
     decoded = numerics.dequantize(q)
     unit = decoded / scale.float().repeat_interleave(width, 1)  # codes less their zero points
