@@ -3,8 +3,8 @@
     python eval/convert_speed.py --gb 4 --out build/convert-speed
 
 Writes a checkpoint of random codes (compressed-tensors, 4 bits, groups of 128) of the given size, then times `cp -r`,
-the conversion to gptq and `quantkit lint`, and reports MB of the source a second. Both end when the bytes are on the disk, not when
-the system has promised to write them. The source is in the page cache for both, if it fits there.
+the conversion to gptq and `quantkit lint`, and reports MB of the source a second. Both end when the bytes are on the
+disk, not when the system has promised to write them. The source is in the page cache for both, if it fits there.
 """
 
 from __future__ import annotations

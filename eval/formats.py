@@ -103,7 +103,7 @@ def measure(preset: str, export: str, args: argparse.Namespace, folder: Path) ->
         "rules": [{"match": "lm_head", "scheme": "none"}],
         "calibration": {"samples": 32, "length": 512},
         "validate": {"perplexity": {"windows": args.windows, "length": 512}},
-        "export": {"format": export, "engines": []},
+        "export": {"format": export, "engines": ["transformers"]},
     }
     result = api.quantize(recipe, out=folder / f"{preset}-{export}", device="cpu", progress=Progress())
     assert result.validation is not None

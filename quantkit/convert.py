@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from quantkit.types import Format, QParams, QuantizedTensor, Scheme, TensorSpec
 
 DENSE = "dense"
 CONFIG = "config.json"
+MAX_WORKERS = 8  # layers at once: each takes about ten times its packed size while it is converted
 _FLOATS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 # Every tensor that a format has for a packed layer. One of another name would be lost without a word.
 _PARTS = {
@@ -248,12 +250,7 @@ def _write(plan: Plan, folder: Path, shard_bytes: int, progress: Progress) -> di
         for name in plan.specs:
             if not _is_packed(plan, name):
                 writer.write(name, source.checkpoint.read(name))
-        progress.begin(len(plan.layers), "layer")
-        for k, name in enumerate(plan.layers, 1):
-            progress.item(k, name)
-            for leaf, tensor in _convert(plan, name).items():
-                writer.write(f"{name}.{leaf}", tensor)
-        progress.end()
+        _layers_at_once(plan, writer, progress)
         weights = writer.close()
     finally:
         writer.abort()
@@ -264,6 +261,32 @@ def _write(plan: Plan, folder: Path, shard_bytes: int, progress: Progress) -> di
     for file, content in (plan.target.files(plan.schemes) if plan.target else {}).items():
         output.write_json(folder / file, content)
     return {"weights": weights, **files}
+
+
+def _layers_at_once(plan: Plan, writer: ShardWriter, progress: Progress) -> None:
+    """Converts and writes the packed layers, one a core: their places in the file are known, so order does not matter.
+
+    Unpacking and packing are bound by memory, one thread of torch a layer does as well as all of them on it.
+    """
+
+    @torch.no_grad()  # a mode of the thread, not of the process
+    def one(name: str) -> None:
+        for leaf, tensor in _convert(plan, name).items():
+            writer.write(f"{name}.{leaf}", tensor)
+
+    threads = torch.get_num_threads()
+    workers = min(threads, MAX_WORKERS)
+    progress.begin(len(plan.layers), "layer")
+    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        work = [(name, pool.submit(one, name)) for name in plan.layers]
+        for k, (name, done) in enumerate(work, 1):
+            progress.item(k, name)
+            done.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)
+    progress.end()
 
 
 def _is_packed(plan: Plan, name: str) -> bool:

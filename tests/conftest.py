@@ -17,6 +17,7 @@ COMPARED = [
     "test_format_compressed_tensors.py",
     "test_format_compressed_tensors_layouts.py",
     "test_format_compressed_tensors_transformers.py",
+    "test_kv_cache.py",
     "test_numerics_activations.py",
     "test_numerics_mx.py",
     "test_presets.py",
