@@ -1,6 +1,6 @@
 """Every number format on one model: what a weight costs on disk, and what it costs in accuracy.
 
-    python eval/formats.py --out table.md [--presets W4A16 FP8_DYNAMIC ...]
+    python eval/formats.py --out table.md [--cases W4A16 W4A16:gptq ...]
 
 Each scheme is quantized by a method that uses no data (round to nearest with searched scales), written, loaded back
 from disk and compared with the original on the same windows. Bits a weight are those of the quantized layers' tensors
@@ -32,8 +32,13 @@ PRESETS = [
     *("W8A8", "W4A8", "W4AFP8", "FP8", "FP8_DYNAMIC", "FP8_BLOCK"),
     *("MXFP8A16", "MXFP8", "MXFP6A16", "MXFP4A16", "MXFP4", "NVFP4A16", "NVFP4"),
 ]
-OTHERS = [("W4A16", "gptq"), ("W4A16_ASYM", "gptq"), ("W4A16_ASYM", "awq"), ("FP8_BLOCK", "fp8-block")]
-OTHERS += [("FP8", "modelopt"), ("NVFP4", "modelopt"), ("W4A16", "modelopt")]
+CASES = [
+    *PRESETS,
+    *("W4A16:gptq", "W4A16_ASYM:gptq", "W4A16_ASYM:awq", "FP8_BLOCK:fp8-block"),
+    *("FP8:modelopt", "NVFP4:modelopt", "W4A16:modelopt"),
+]
+# Stock transformers reads no modelopt; the check before the work would refuse it.
+ENGINES = {"modelopt": ["tensorrt-llm"]}
 
 
 def quantization(folder: Path) -> dict[str, Any]:
@@ -103,7 +108,7 @@ def measure(preset: str, export: str, args: argparse.Namespace, folder: Path) ->
         "rules": [{"match": "lm_head", "scheme": "none"}],
         "calibration": {"samples": 32, "length": 512},
         "validate": {"perplexity": {"windows": args.windows, "length": 512}},
-        "export": {"format": export, "engines": ["transformers"]},
+        "export": {"format": export, "engines": ENGINES.get(export, ["transformers"])},
     }
     result = api.quantize(recipe, out=folder / f"{preset}-{export}", device="cpu", progress=Progress())
     assert result.validation is not None
@@ -129,18 +134,18 @@ def measure(preset: str, export: str, args: argparse.Namespace, folder: Path) ->
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="builtin:pydocs-llama-7m", help="as in a recipe")
-    parser.add_argument("--presets", nargs="*", default=PRESETS, help="schemes in compressed-tensors' formats")
+    parser.add_argument("--cases", nargs="+", default=CASES, help="a scheme, or scheme:format")
     parser.add_argument("--windows", type=int, default=120)
-    parser.add_argument("--only-presets", action="store_true", help="leave out the other tools' formats")
     parser.add_argument("--out", type=Path, help="where the table goes as well")
     args = parser.parse_args()
     logging.getLogger("quantkit").setLevel(logging.ERROR)
     head = ["scheme", "format", "bits a weight", "perplexity", "KL ± s.e.", "decode"]
     lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
     with tempfile.TemporaryDirectory() as folder:
-        wanted = [(preset, "compressed-tensors") for preset in args.presets] + ([] if args.only_presets else OTHERS)
-        for preset, export in wanted:
-            lines.append(f"| {' | '.join(measure(preset, export, args, Path(folder)))} |")
+        for case in args.cases:
+            preset, _, export = case.partition(":")
+            row = measure(preset, export or "compressed-tensors", args, Path(folder))
+            lines.append(f"| {' | '.join(row)} |")
             print(lines[-1], flush=True)
     versions = ", ".join(f"{name} {version}" for name, version in api.versions().items())
     text = "\n".join([*lines, "", f"{args.windows} windows of 512 tokens; {versions}."]) + "\n"
