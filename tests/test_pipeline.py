@@ -418,10 +418,17 @@ def test_fingerprint_tells_models_apart(tmp_path):
 
 def test_a_real_interrupt_ends_the_command_with_130_and_leaves_nothing(tmp_path):
     folder = tiny.save(tmp_path / "model", num_hidden_layers=8)
-    text = f"model: {folder}\nscheme: {{preset: W4A16, group_size: 32}}\ncalibration: {{samples: 128, length: 256}}\n"
+    text = f"model: {folder}\nscheme: {{preset: W4A16, group_size: 32}}\ncalibration: {{samples: 400, length: 256}}\n"
     (tmp_path / "recipe.yaml").write_text(text)
     command = [sys.executable, "-m", "quantkit", "quantize", "recipe.yaml", "--out", "out"]
-    run = subprocess.Popen(command, cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, text=True)
+
+    def listen() -> None:
+        """A process started in the background by a script ignores SIGINT, and so would this one."""
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    run = subprocess.Popen(
+        command, cwd=tmp_path, env=environment(), preexec_fn=listen, stderr=subprocess.PIPE, text=True
+    )
     assert run.stderr is not None
     seen = ""
     for line in run.stderr:
