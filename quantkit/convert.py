@@ -24,7 +24,7 @@ import torch
 from quantkit import formats, hub, numerics, output, packed
 from quantkit.checkpoint import DTYPES, ShardWriter, bits_per_weight, nbytes
 from quantkit.errors import InputError
-from quantkit.formats import awq
+from quantkit.formats import awq, gptq
 from quantkit.formats._shared import fits
 from quantkit.packed import KV_SCALES, Layer, Packed, natural
 from quantkit.progress import Progress, Silent
@@ -296,6 +296,8 @@ def _is_packed(plan: Plan, name: str) -> bool:
 
 def _convert(plan: Plan, name: str) -> dict[str, torch.Tensor]:
     """One layer in the target's layout. Raises InputError that names it when its content does not fit there."""
+    if (moved := _moved(plan, name)) is not None:
+        return moved
     q, inputs = plan.source.unpack(name)
     if plan.target is None:
         return {"weight": numerics.dequantize(q).to(DTYPES[plan.dtype])}
@@ -310,6 +312,20 @@ def _convert(plan: Plan, name: str) -> dict[str, torch.Tensor]:
     try:
         q = replace(q, qparams=_stored(plan, q.qparams))
         return plan.target.pack(q, scheme.activations, None if inputs is None else _stored(plan, inputs))
+    except InputError as e:
+        raise InputError(f"{name}: {e}") from None
+
+
+def _moved(plan: Plan, name: str) -> dict[str, torch.Tensor] | None:
+    """A layer without a look at its codes, where both formats have the same words in other places; else None."""
+    layer = plan.source.layers[name]
+    known = {"weight_packed", "weight_scale", "weight_zero_point", "weight_shape"}
+    words = layer.parts.get("weight_packed")
+    if plan.target is not gptq or words is None or words.dtype != "I32" or layer.parts.keys() - known:
+        return None
+    tensors = {leaf: plan.source.checkpoint.read(f"{name}.{leaf}") for leaf in layer.parts}
+    try:
+        return gptq.from_packed(tensors, layer.shape, layer.scheme)
     except InputError as e:
         raise InputError(f"{name}: {e}") from None
 

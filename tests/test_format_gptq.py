@@ -442,3 +442,24 @@ def test_no_content_of_a_config_raises(form: str, data: st.DataObject) -> None:
         assert read.scheme_for("model.layers.0.mlp.up_proj") is None or read.unsupported is None
     except InputError:
         assert read.unsupported
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("strategy", ["group", "channel"])
+@pytest.mark.parametrize("number", ["int2", "int3", "int4", "int8"])
+def test_words_of_compressed_tensors_are_moved_to_what_packing_the_codes_gives(number, strategy, symmetric):
+    scheme = TensorScheme(number, strategy, 32 if strategy == "group" else None, symmetric)
+    w = torch.randn(64, 96, generator=torch.Generator().manual_seed(0)).half()
+    q = numerics.quantize(w, numerics.get(number).qparams(w, scheme, scale_dtype=torch.float16), scheme)
+    moved = gptq.from_packed(formats.get("compressed-tensors").pack(q), (64, 96), Scheme(scheme))
+    packed = gptq.pack(q)
+    assert moved.keys() == packed.keys()
+    for name, tensor in packed.items():
+        assert torch.equal(moved[name], tensor) and moved[name].is_contiguous(), name
+
+
+def test_moved_words_keep_the_refusals_of_packing():
+    scheme = TensorScheme("int4", "group", 32)
+    q = QuantizedTensor(torch.zeros(32, 64, dtype=torch.int8), QParams(torch.full((32, 2), 1e-9)), scheme)
+    with pytest.raises(InputError, match="scales change as F16"):
+        gptq.from_packed(formats.get("compressed-tensors").pack(q), (32, 64), Scheme(scheme))
