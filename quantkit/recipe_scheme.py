@@ -66,6 +66,15 @@ class NumberSpec(Part):
             raise problem("{number} has no zero points; leave symmetric out", number=self.number)
 
 
+def _inferred(given: Mapping[str, Any], otherwise: str) -> dict[str, Any]:
+    """What was given, with the group size that the number format fixes; strategy: groups if any, else `otherwise`."""
+    value = dict(given)
+    if value.get("group_size") is None and (size := _fixed_group(value.get("number"))) is not None:
+        value["group_size"] = size
+    value.setdefault("strategy", otherwise if value.get("group_size") is None else "group")
+    return value
+
+
 class WeightSpec(NumberSpec):
     """A weight's number format spelt out, where no preset has it."""
 
@@ -81,13 +90,7 @@ class WeightSpec(NumberSpec):
     def _infer(cls, value: Any) -> Any:
         if not isinstance(value, Mapping):
             return value
-        value = dict(value)
-        if value.get("group_size") is None and (size := _fixed_group(value.get("number"))) is not None:
-            value["group_size"] = size
-        if "strategy" not in value:
-            tile = "channel" if value.get("block_shape") is None else "block"
-            value["strategy"] = tile if value.get("group_size") is None else "group"
-        return value
+        return _inferred(value, "channel" if value.get("block_shape") is None else "block")
 
     @model_validator(mode="after")
     def _fits(self) -> WeightSpec:
@@ -114,12 +117,7 @@ class ActivationSpec(NumberSpec):
     def _infer(cls, value: Any) -> Any:
         if not isinstance(value, Mapping):
             return value
-        value = dict(value)
-        if value.get("group_size") is None and (size := _fixed_group(value.get("number"))) is not None:
-            value["group_size"] = size
-        if "strategy" not in value:
-            row = "tensor" if value.get("dynamic") is False else "token"
-            value["strategy"] = row if value.get("group_size") is None else "group"
+        value = _inferred(value, "tensor" if value.get("dynamic") is False else "token")
         return {"dynamic": value["strategy"] != "tensor", **value}
 
     @model_validator(mode="after")
