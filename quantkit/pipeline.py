@@ -187,7 +187,7 @@ def _observe(
 
     peaks  takes the keys and values, when their scales are wanted
     """
-    needs = algorithms.get(run.plan.recipe.method_name).NEEDS
+    needs = algorithms.get(run.plan.recipe.method_name).needs(run.plan.recipe.method_options)
     linears = run.plan.linears
     shared: dict[str, Observer] = {}
     first: dict[str, Observer] = {}

@@ -67,7 +67,7 @@ class Plan:
     @property
     def needs_data(self) -> bool:
         """Whether calibration tokens run through the model: for the method, or scales of inputs or the KV cache."""
-        needs = algorithms.get(self.recipe.method_name).NEEDS
+        needs = algorithms.get(self.recipe.method_name).needs(self.recipe.method_options)
         inputs = any(x.scheme is not None and x.scheme.calibrates_input for x in self.quantized)
         return bool(needs) or inputs or bool(self.caches)
 

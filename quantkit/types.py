@@ -91,16 +91,49 @@ class QuantizedTensor:
 class Stats:
     """What was observed of one linear's input over the calibration tokens (padding left out).
 
+    Each is None when nothing asked for it, by the name of the field without its shape ("gram").
+
     tokens      how many rows went in
-    gram_KK     (K, K) float32, the mean of x xᵀ (GPTQ's Hessian up to a factor); None if nothing asked for it
-    absmax_K    (K,) float32, the largest |x| of each channel; None if nothing asked for it
-    magnitudes  (32768,) int64, how often each |x| was seen, by its bfloat16 pattern; None if nothing asked for it
+    gram_KK     (K, K) float32, the mean of x xᵀ (GPTQ's Hessian up to a factor)
+    energy_K    (K,) float32, the mean of x² of each channel: the diagonal of the Gram matrix, where no more is wanted
+    absmax_K    (K,) float32, the largest |x| of each channel
+    absmean_K   (K,) float32, the mean of |x| of each channel
+    magnitudes  (32768,) int64, how often each |x| was seen, by its bfloat16 pattern
+    sample_MK   (M, K) some of the tokens as they were, M at most a few thousand
+    drift_KK    (K, K) float32, the mean of (x' - x) xᵀ, where x' is what the dense model would have had in x's place
     """
 
     tokens: int
     gram_KK: torch.Tensor | None = None
     absmax_K: torch.Tensor | None = None
     magnitudes: torch.Tensor | None = None
+    energy_K: torch.Tensor | None = None
+    absmean_K: torch.Tensor | None = None
+    sample_MK: torch.Tensor | None = None
+    drift_KK: torch.Tensor | None = None
+
+    def divided(self, s_K: torch.Tensor) -> Stats:
+        """The same statistics of x / s, exactly: what a fold of `s_K` (K,), all above 0, makes of a layer's input.
+
+        Raises ValueError when magnitudes were counted: they do not tell channels apart.
+        """
+        if self.magnitudes is not None:
+            raise ValueError("magnitudes cannot be rescaled by channel")
+        r = 1 / s_K.float()
+
+        def by(t: torch.Tensor | None, factor: torch.Tensor) -> torch.Tensor | None:
+            return None if t is None else t * factor.to(t.dtype)
+
+        outer = r[:, None] * r
+        return Stats(
+            self.tokens,
+            gram_KK=by(self.gram_KK, outer),
+            absmax_K=by(self.absmax_K, r),
+            energy_K=by(self.energy_K, r * r),
+            absmean_K=by(self.absmean_K, r),
+            sample_MK=by(self.sample_MK, r),
+            drift_KK=by(self.drift_KK, outer),
+        )
 
 
 @dataclass(frozen=True)
@@ -149,12 +182,14 @@ class NumberFormat(Protocol):
 class Algorithm(Protocol):
     """A file of quantkit/algorithms: which code each weight gets. Its name is `method:` in a recipe.
 
-    NEEDS    the fields of Stats that it reads, such as {"gram"}
     Options  pydantic model of its options in a recipe
     """
 
-    NEEDS: frozenset[str]
     Options: type[BaseModel]
+
+    def needs(self, options: Any) -> frozenset[str]:
+        """The fields of Stats that it reads with these options, such as {"gram"}."""
+        ...
 
     def quantize(
         self,

@@ -115,7 +115,7 @@ def test_every_weight_has_its_nearest_code(case):
         q = module.qparams(w, scheme, scale_dtype=dtype, search=search)
         codes = module.encode(w, q, scheme)
         missed = (module.decode(codes, q, scheme) - w).abs().double()
-        step = numerics.expand(q, scheme, w.shape).scale_NG.double()
+        step = numerics.expand(q, scheme, w.shape).scale_NG.double().abs()
         bits = int(scheme.number[3:])
         for code in range(-(1 << (bits - 1)), 1 << (bits - 1)):
             other = (module.decode(torch.full_like(codes, code), q, scheme) - w).abs().double()
@@ -161,7 +161,7 @@ def test_what_does_not_fit_is_refused():
         module.qparams(w, TensorScheme("int4", "group", 48), scale_dtype=torch.float32)
     with pytest.raises(InputError, match="no scale per block"):
         module.qparams(w, TensorScheme("int4", "block", block_shape=(16, 16)), scale_dtype=torch.float32)
-    with pytest.raises(InputError, match="int4 has no scale search 'ocp'; known: absmax, mse"):
+    with pytest.raises(InputError, match="int4 has no scale search 'ocp'; known: absmax, mse, signed"):
         module.qparams(w, TensorScheme("int4"), scale_dtype=torch.float32, search="ocp")
     with pytest.raises(InputError, match=r"a scale overflows torch\.float16"):
         module.qparams(w * 1e8, TensorScheme("int4"), scale_dtype=torch.float16)

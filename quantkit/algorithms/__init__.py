@@ -15,7 +15,7 @@ def names() -> list[str]:
 
 
 def get(name: str) -> ModuleType:
-    """The module of an algorithm: NEEDS, Options, quantize. Raises InputError with the known names."""
+    """The module of an algorithm: Options, needs, quantize. Raises InputError with the known names."""
     if name not in names():
         raise InputError(f"unknown method {name!r}; known: {', '.join(names())}")
     return importlib.import_module(f"{__name__}.{name}")

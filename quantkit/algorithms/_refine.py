@@ -55,7 +55,7 @@ def _scales(w: torch.Tensor, q: QuantizedTensor, hessian: torch.Tensor) -> QPara
         new = torch.where(curvature > 0, old + gradient / curvature, old).to(scale.dtype)
         step = new.float() - old
         # The stored scale is what counts: kept where it lowers the objective after its rounding.
-        better = (step * step * curvature - 2 * step * gradient < 0) & (new.float() > 0)
+        better = (step * step * curvature - 2 * step * gradient < 0) & (new.float() * old > 0)
         step = torch.where(better, step, torch.zeros_like(step))
         scale[:, j] = torch.where(better, new, scale[:, j])
         delta[:, part] -= step[:, None] * c

@@ -11,6 +11,11 @@ W is only read; no H⁻¹, so better conditioned. It needs scales fixed before t
 searched: each group's scale has the least squared error with column j counted H_jj times. That search lowers the
 KL divergence by an eighth at 4 bits and a third at 3 bits against scales from the absolute maximum.
 
+`pre_shift` aims at the dense model instead of at W: the inputs x of this layer come from layers that are quantized
+already, the dense model would have x' in their place. The weight that makes the best of x is W + W C H⁻¹ with
+C = E[(x' - x) xᵀ], by least squares; a part of the way there is rounded in W's place, since all of it fits the
+calibration tokens too well.
+
 Memory beyond W and H: one factor (K, K), the scales spread to (N, K), and the running difference (N, K), float32.
 """
 
@@ -22,11 +27,10 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from quantkit import numerics
+from quantkit.algorithms import _weights
 from quantkit.algorithms._refine import refine
 from quantkit.errors import InputError
 from quantkit.types import Notes, QParams, QuantizedTensor, Stats, TensorScheme
-
-NEEDS: frozenset[str] = frozenset({"gram"})
 
 
 class Options(BaseModel):
@@ -44,10 +48,26 @@ class Options(BaseModel):
         description="How scales are chosen before the loop: absmax, least squared error, or that weighted by diag(H). "
         "MX formats also have ocp, even and rceil, nvfp4 has four_six.",
     )
+    signed_scales: bool = Field(
+        False,
+        description="Search negative scales too, for symmetric integers: lower error, but not every engine reads them.",
+    )
+    pre_shift: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="How far the weight is moved first towards what makes up for the layers before it: 0 not at all, "
+        "1 all the way. Runs the dense model beside the quantized one.",
+    )
     sweeps: int = Field(
         2, ge=0, le=100, description="Rounds of least-squares scales and coordinate descent on the codes afterwards."
     )
     block_size: int = Field(128, ge=1, description="Columns a block; changes speed, not codes.")
+
+
+def needs(options: Options) -> frozenset[str]:
+    """The statistics that `quantize` reads."""
+    return frozenset({"gram", "drift"} if options.pre_shift else {"gram"})
 
 
 def quantize(
@@ -68,18 +88,17 @@ def quantize(
         raise InputError("gptq needs calibration data: the mean of x xᵀ of this layer's inputs is missing")
     hessian = stats.gram_KK.float()
     diagonal = hessian.diagonal().clone()
-    if not bool(torch.isfinite(diagonal).all()):
-        raise InputError("the calibration inputs of this layer hold NaN or Inf; load the model in bfloat16 or float32")
-    w = w_NK.float()
-    number = numerics.get(scheme.number)
-    search = "mse" if options.scale_search == "diagh" else options.scale_search
-    importance = _importance(diagonal) if options.scale_search == "diagh" else None
-    qparams = number.qparams(w, scheme, scale_dtype=scale_dtype, search=search, importance_K=importance)
+    importance = _weights.importance(diagonal)
     order = torch.argsort(diagonal, descending=True, stable=True) if options.act_order == "static" else None
     factored = _factor(hessian if order is None else hessian[order][:, order], options.dampening, notes)
+    w = w_NK.float()
+    if options.pre_shift and factored is not None:
+        w = _shifted(w, stats, factored[0], order, options.pre_shift)
+    qparams = _scales(w, scheme, importance, options, scale_dtype)
     if factored is None:
         return numerics.quantize(w, qparams, scheme)
-    factor, added = factored
+    upper, added = factored
+    factor = upper / upper.diagonal()
     q = QuantizedTensor(_columns(w, qparams, scheme, factor, order, options.block_size), qparams, scheme)
     if options.sweeps:
         damped = _revived(hessian)
@@ -88,10 +107,37 @@ def quantize(
     return q
 
 
-def _importance(diagonal: torch.Tensor) -> torch.Tensor:
-    """diag(H), with channels that never fired counted like the faintest one: other text may use them."""
-    live = diagonal[diagonal > 0]
-    return diagonal.clamp(min=float(live.min()) if live.numel() else 1.0)
+def _scales(
+    w: torch.Tensor, scheme: TensorScheme, importance: torch.Tensor, options: Options, dtype: torch.dtype
+) -> QParams:
+    """The scales that the columns' loop will use."""
+    weighted = options.scale_search == "diagh"
+    search = "mse" if weighted else options.scale_search
+    if options.signed_scales and scheme.symmetric and scheme.number.startswith("int"):
+        if search != "mse":
+            raise InputError(f"signed_scales are searched: scale_search is mse or diagh, not {search}")
+        search = "signed"
+    found: QParams = numerics.get(scheme.number).qparams(
+        w, scheme, scale_dtype=dtype, search=search, importance_K=importance if weighted else None
+    )
+    return found
+
+
+def _shifted(
+    w: torch.Tensor, stats: Stats, upper: torch.Tensor, order: torch.Tensor | None, share: float
+) -> torch.Tensor:
+    """W + share * W C (H + λI)⁻¹, with H + λI = U Uᵀ for columns in `order`."""
+    if stats.drift_KK is None:
+        raise InputError("pre_shift needs what the dense model has in the place of this layer's inputs")
+    wanted = w @ stats.drift_KK.float()
+    wanted = wanted if order is None else wanted[:, order]
+    half = torch.linalg.solve_triangular(upper.T, wanted, upper=False, left=False)
+    shift = torch.linalg.solve_triangular(upper, half, upper=True, left=False)
+    if order is not None:
+        natural = torch.empty_like(shift)
+        natural[:, order] = shift
+        shift = natural
+    return w + share * shift
 
 
 def _revived(hessian: torch.Tensor) -> torch.Tensor:
@@ -103,7 +149,7 @@ def _revived(hessian: torch.Tensor) -> torch.Tensor:
 
 
 def _factor(hessian: torch.Tensor, dampening: float, notes: Notes) -> tuple[torch.Tensor, float] | None:
-    """M of H + λI = M D Mᵀ, unit upper triangular, and λ; None when H cannot be factored at all.
+    """U of H + λI = U Uᵀ, upper triangular, and λ; None when H cannot be factored at all.
 
     A ladder, each step told in `notes`: the wanted dampening, ten times more up to 1, the same in float64.
     """
@@ -128,7 +174,7 @@ def _factor(hessian: torch.Tensor, dampening: float, notes: Notes) -> tuple[torc
                 if step != dampening or dtype != torch.float32:
                     notes.add(f"H was not positive definite; factored with dampening {step:g} in {dtype}")
                 upper = lower.flip(0, 1)
-                return (upper / upper.diagonal()).float(), step * float(mean)
+                return upper.float(), step * float(mean)
     notes.add("H could not be factored at any dampening; rounded to nearest with searched scales")
     return None
 

@@ -12,9 +12,9 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from quantkit import numerics
+from quantkit.algorithms import _weights
+from quantkit.errors import InputError
 from quantkit.types import Notes, QuantizedTensor, Stats, TensorScheme
-
-NEEDS: frozenset[str] = frozenset()
 
 
 class Options(BaseModel):
@@ -22,11 +22,17 @@ class Options(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    scale_search: Literal["absmax", "mse", "ocp", "even", "rceil", "four_six"] = Field(
+    scale_search: Literal["absmax", "mse", "diagh", "ocp", "even", "rceil", "four_six"] = Field(
         "mse",
-        description="How scales are chosen: absmax spans the largest weight, mse has the least squared error. "
+        description="How scales are chosen: absmax spans the largest weight, mse has the least squared error, "
+        "diagh that weighted by the mean square of each input, which needs calibration data. "
         "MX formats also have ocp, even and rceil, nvfp4 has four_six.",
     )
+
+
+def needs(options: Options) -> frozenset[str]:
+    """The statistics that `quantize` reads."""
+    return frozenset({"energy"} if options.scale_search == "diagh" else ())
 
 
 def quantize(
@@ -38,7 +44,17 @@ def quantize(
     scale_dtype: torch.dtype,
     notes: Notes,
 ) -> QuantizedTensor:
-    """Rounds a weight (N, K) float to nearest. `stats` and `notes` are not used."""
-    w = w_NK.float()
-    qparams = numerics.get(scheme.number).qparams(w, scheme, scale_dtype=scale_dtype, search=options.scale_search)
+    """Rounds a weight (N, K) float to nearest.
+
+    Raises InputError when scales are to be weighted by the inputs and their statistics are missing or not finite.
+    """
+    w, search, importance = w_NK.float(), options.scale_search, None
+    if search == "diagh":
+        if stats is None or (stats.energy_K is None and stats.gram_KK is None):
+            raise InputError("scale_search diagh needs calibration data: the mean square of this layer's inputs")
+        energy = stats.energy_K if stats.energy_K is not None else stats.gram_KK.diagonal()  # type: ignore[union-attr]
+        importance, search = _weights.importance(energy), "mse"
+    qparams = numerics.get(scheme.number).qparams(
+        w, scheme, scale_dtype=scale_dtype, search=search, importance_K=importance
+    )
     return numerics.quantize(w, qparams, scheme)
