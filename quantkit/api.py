@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import platform
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -18,13 +18,16 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from quantkit import calibration, hub, output, packed, pipeline
+from quantkit import calibration, formats, hub, output, packed, pipeline, skeleton
 from quantkit import plan as planning
+from quantkit.checkpoint import Checkpoint
 from quantkit.convert import dense_copy
 from quantkit.errors import GateError, InputError, MissingError
+from quantkit.profile import Profile
 from quantkit.progress import Progress, Silent
 from quantkit.recipe import Perplexity, Recipe
 from quantkit.recipe import Validation as Settings
+from quantkit.recipe_calibration import TextSource
 from quantkit.runtime import plugin
 from quantkit_eval import gate
 from quantkit_eval.compare import Comparison, compare
@@ -84,6 +87,8 @@ def quantize(
     overrides: Sequence[str] = (),
     device: str = "auto",
     overwrite: bool = False,
+    profile: bool = False,
+    calibration_data: Iterable[Any] | None = None,
     progress: Progress | None = None,
 ) -> Result:
     """Quantizes a model, writes it, reloads it from disk and checks its gates.
@@ -94,12 +99,17 @@ def quantize(
     overrides  "path.to.key=value" each, as `--set`
     device     "auto" (a GPU if there is one), "cpu" or "cuda"
     overwrite  replace the output of another recipe
+    profile    say at the end where the time went; on a GPU it waits for each part, which costs a little
+    calibration_data  texts, or chats as lists of {"role", "content"}, in place of the recipe's calibration.data; read
+                      once, and only as far as the rows need
 
     A gate that fails does not raise: the output is kept, marked as failed, and `result.validation.status` says so.
     Raises InputError or MissingError when it cannot be done, and then nothing is left behind; GateError when the output
     computes NaN or Inf, and then it is kept and marked as failed.
     """
     progress = progress or Silent()
+    if calibration_data is not None:
+        overrides = (*overrides, f"calibration.data={calibration.PYTHON}")
     settled = Recipe.from_any(recipe, overrides, model=model)
     where = pick_device(device)
     plan = planning.make(settled)
@@ -107,13 +117,18 @@ def quantize(
     text = settled.to_yaml()
     output.check(folder, plan.source.folder, text, overwrite=overwrite)
     progress.say(f"{plan.source.model}: {len(plan.quantized)} linear layers to quantize, {len(plan.dense)} left dense")
+    timed = Profile(where, on=profile)
     with output.staged(folder) as staging:
-        done = pipeline.quantize(plan, staging, device=where, progress=progress)
+        done = pipeline.quantize(
+            plan, staging, device=where, progress=progress, profile=timed, calibration_data=calibration_data
+        )
         (staging / output.RECIPE).write_text(text, "utf-8")
         summary = _summary(plan, done)
         output.write_json(staging / output.SUMMARY, summary)
         validation: Validation | None = None
         unusable: GateError | None = None
+        for line in timed.lines():
+            progress.say(line)
         if settled.validation is not None:
             try:
                 validation = _validate(
@@ -156,7 +171,11 @@ def validate(
         raise InputError(f"{folder}: holds no {output.RECIPE}, so name the original model with --against")
     settings = (recipe.validation if recipe is not None else None) or Settings()
     texts = settings.perplexity
-    texts = Perplexity(data=data or texts.data, windows=windows or texts.windows, length=length or texts.length)
+    texts = Perplexity(
+        windows=windows or texts.windows,
+        length=length or texts.length,
+        **({"data": data} if data else texts.model_dump(include=set(TextSource.model_fields))),
+    )
     settings = settings.model_copy(update={"perplexity": texts})
     source = hub.resolve(str(against) if against is not None else recipe.model if recipe else "")
     expected = (summary.get("source") or {}).get("fingerprint")
@@ -206,18 +225,32 @@ def _quant_method(folder: Path) -> str | None:
     return None if found is None else str(found.get("quant_method"))
 
 
+def _has_packed_experts(folder: Path, method: str, trust: bool) -> bool:
+    """Whether a folder packs experts each by itself, which transformers merges while loading."""
+    if method not in (formats.get(name).QUANT_METHOD for name in formats.names()):
+        return False  # another tool's own; transformers reads it or says why not
+    layers = packed.groups(formats.by_method(method), Checkpoint.open(folder).specs)
+    return skeleton.merges(folder, layers, trust_remote_code=trust)
+
+
 @contextmanager
-def _loadable(folder: Path, device: torch.device, progress: Progress) -> Iterator[tuple[Path, tuple[str, ...]]]:
+def _loadable(
+    folder: Path, device: torch.device, progress: Progress, *, trust: bool = False
+) -> Iterator[tuple[Path, tuple[str, ...]]]:
     """The folder itself where transformers reads its format, else a dense copy of it for as long as this lasts.
 
     The copy has the codes that are on disk, decoded and rounded to the model's dtype; it lies beside the folder. With
     it comes what of the quantization it lacks.
     """
     method = _quant_method(folder)
-    if method not in (NOT_ON_CPU if device.type == "cpu" else NOT_LOADED):
+    if method in (NOT_ON_CPU if device.type == "cpu" else NOT_LOADED):
+        why = f"transformers does not read {method} here"
+    elif method is not None and _has_packed_experts(folder, method, trust):
+        why = "transformers decodes packed experts only of some formats"
+    else:
         yield folder, ()
         return
-    said = f"transformers does not read {method} here: what is measured is a dense copy, decoded from the codes on disk"
+    said = f"{why}: what is measured is a dense copy, decoded from the codes on disk"
     progress.say(said)
     try:
         place = tempfile.TemporaryDirectory(prefix=f".{folder.name}.dense-", dir=folder.resolve().parent)
@@ -259,6 +292,8 @@ def _summary(plan: planning.Plan, done: dict[str, Any]) -> dict[str, Any]:
         "kv_cache": done["kv_cache"],
         "versions": versions(),
         "layers": done["layers"],
+        "folds": done["folds"],
+        "experts": done["experts"],
         "not_quantized": [{"name": x.name, "reason": x.reason} for x in plan.dense],
         "copied_tensors": plan.skeleton.unknown,
         "files": done["files"],
@@ -293,12 +328,13 @@ def _validate(
     wanted = settings.perplexity
     trust = recipe is not None and recipe.trust_remote_code
     tokenizer = planning.tokenizer(source, trust_remote_code=trust)
-    texts = calibration.load_texts(wanted.data)
+    place = wanted.model_dump(include=set(TextSource.model_fields))
+    texts = calibration.load_texts(**place, tokenizer=tokenizer)
     windows = heldout_windows(texts, tokenizer, length=wanted.length, count=wanted.windows, warn=progress.warn)
     dtype = torch.float32 if device.type == "cpu" else "auto"
     progress.say(f"validation: {windows.shape[0]} windows of {windows.shape[1]} tokens from {wanted.data}")
     original = load(source.folder, dtype=dtype, trust_remote_code=trust).to(device)
-    with _loadable(folder, device, progress) as (place, notes):
+    with _loadable(folder, device, progress, trust=trust) as (place, notes):
         quantized = load(place, dtype=dtype, trust_remote_code=trust).to(device)
     progress.begin(windows.shape[0], "window")
     comparison = compare(original, quantized, windows, on_progress=lambda done, _: progress.item(done, "compared"))

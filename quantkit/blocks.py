@@ -8,7 +8,7 @@ costs no memory; what each block is called with comes from a run of the model's 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -53,10 +53,12 @@ def find(skeleton: Skeleton) -> Structure:
         )
     path, blocks = listed
     prefixes = [f"{path}.{i}." for i in range(len(blocks))]
-    for prefix in prefixes:
-        fused = [n for n, p in model.named_parameters() if n.startswith(prefix) and p.ndim > 2]
-        if fused:
-            raise InputError(f"{fused[0]}: experts fused in one tensor are not supported by this version")
+    fused = [n for n, p in model.named_parameters() if p.ndim > 2 and n.startswith(tuple(prefixes))]
+    if fused:
+        raise InputError(
+            f"{fused[0]}: has more than two dimensions; blocks with experts in one tensor or with convolutions are not "
+            "supported by this version"
+        )
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     order, warnings = _shared_inputs(model, linears)
     found = []
@@ -114,10 +116,11 @@ def _shared_inputs(model: nn.Module, linears: list[str]) -> tuple[list[list[str]
         warning = f"which linears share an input could not be found out ({problem}); each is treated alone"
         return [[name] for name in linears], (warning,)
     groups: dict[int, list[str]] = {}
+    used: set[str] = set()
     for name, x in seen:
-        if not any(name in group for group in groups.values()):
+        if name not in used:
             groups.setdefault(id(x), []).append(name)
-    used = {name for group in groups.values() for name in group}
+            used.add(name)
     return [*groups.values(), *([name] for name in linears if name not in used)], ()
 
 
@@ -167,17 +170,29 @@ class _StandIn(nn.Module):
 
 @dataclass
 class Batch:
-    """One batch on its way through the blocks: hidden states now, and what each block is called with besides."""
+    """One batch on its way through the blocks: hidden states now, and what each block is called with besides.
+
+    hidden  (B, L, hidden) of the quantized model, on the device or, to spare its memory, on the host
+    dense   the same of the dense model, where it is carried along; onward: what the dense block makes of it
+    """
 
     hidden: torch.Tensor
     mask: torch.Tensor
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]]
+    dense: torch.Tensor | None = None
+    onward: torch.Tensor | None = None
 
 
 @torch.no_grad()
-def begin(skeleton: Skeleton, structure: Structure, batches: list[tuple[torch.Tensor, torch.Tensor]]) -> list[Batch]:
+def begin(
+    skeleton: Skeleton,
+    structure: Structure,
+    batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
+    keep: Callable[[torch.Tensor], torch.Tensor] = lambda x: x,
+) -> list[Batch]:
     """Runs everything before the blocks on each batch of (ids_BL, mask_BL), on the device where the embeddings are.
 
+    keep  what is done with the hidden states of a batch: where they wait
     The other arguments of every block (rotary tables, attention masks) are noted per block, since they may differ from
     one to the next; equal tensors of different batches are kept once.
     """
@@ -207,7 +222,7 @@ def begin(skeleton: Skeleton, structure: Structure, batches: list[tuple[torch.Te
             _, args, kwargs = stand_in.call
             calls.append((_keep(args, kept, same), _keep(kwargs, kept, same)))
         assert stand_ins[0].call is not None
-        out.append(Batch(stand_ins[0].call[0], mask, calls))
+        out.append(Batch(keep(stand_ins[0].call[0]), mask, calls))
     return out
 
 
@@ -229,14 +244,40 @@ def _keep(value: Any, kept: list[torch.Tensor], same: dict[int, torch.Tensor]) -
     return value
 
 
-@torch.no_grad()
-def run(module: nn.Module, batch: Batch, index: int, cache: Any = None) -> torch.Tensor:
-    """The hidden states of a batch after block `index`, whose module must be loaded.
+def run(
+    module: nn.Module, batch: Batch, index: int, cache: Any = None, hidden: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The hidden states of a batch after block `index`, whose module must be loaded; where the module is.
 
-    cache  takes the place of `past_key_values`, where the model hands such an argument to its blocks
+    cache   takes the place of `past_key_values`, where the model hands such an argument to its blocks
+    hidden  takes the place of the batch's hidden states
     """
     args, kwargs = batch.calls[index]
+    x = (batch.hidden if hidden is None else hidden).to(next(module.parameters()), non_blocking=True)
     if cache is not None and "past_key_values" in kwargs:
         kwargs = {**kwargs, "past_key_values": cache}
-    out = module(batch.hidden, *args, **kwargs)
+    out = module(x, *args, **kwargs)
     return out[0] if isinstance(out, tuple) else out
+
+
+def first_row(batch: Batch, index: int) -> Batch:
+    """A batch of the first row alone, for block `index` only."""
+    rows = batch.hidden.shape[0]
+
+    def cut(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return value[:1] if value.ndim > 1 and value.shape[0] == rows else value
+        if isinstance(value, tuple | list):
+            return type(value)(cut(v) for v in value)
+        return {k: cut(v) for k, v in value.items()} if isinstance(value, dict) else value
+
+    args, kwargs = batch.calls[index]
+    calls = [*batch.calls[:index], (cut(args), cut(kwargs))]
+    return Batch(batch.hidden[:1], batch.mask[:1], calls)
+
+
+def store(x: torch.Tensor, place: torch.Tensor | None) -> torch.Tensor:
+    """Keeps hidden states where they are kept: in `place` when that is on another device, else as they are."""
+    if place is None or place.device == x.device:
+        return x
+    return place.copy_(x, non_blocking=True)

@@ -99,9 +99,9 @@ class Checkpoint:
         with _open(self.where[name]) as shard:
             return shard.get_tensor(name)
 
-    def read_finite(self, name: str) -> torch.Tensor:
-        """`read`, refusing NaN and Inf in a floating-point tensor."""
-        tensor = self.read(name)
+    def read_finite(self, name: str, device: torch.device | str = "cpu") -> torch.Tensor:
+        """`read`, refusing NaN and Inf in a floating-point tensor; looked for on `device`, where it is returned."""
+        tensor = self.read(name).to(device)
         if tensor.is_floating_point() and tensor.dtype.itemsize > 1:
             bad = int((~torch.isfinite(tensor)).sum())
             if bad:

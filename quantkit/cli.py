@@ -146,6 +146,7 @@ def quantize(
     sets: Sets = None,
     device: DeviceOption = Device.auto,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an output of an earlier run.")] = False,
+    profile: Annotated[bool, typer.Option("--profile", help="Say at the end where the time went.")] = False,
 ) -> None:
     """Quantize a model by a recipe, write it, reload it from disk and validate it."""
     from quantkit.recipe import Recipe
@@ -157,7 +158,9 @@ def quantize(
 
     api = _api()
     with Progress.for_terminal() as progress:
-        result = api.quantize(resolved, out=out, device=device.value, overwrite=overwrite, progress=progress)
+        result = api.quantize(
+            resolved, out=out, device=device.value, overwrite=overwrite, profile=profile, progress=progress
+        )
     report.print_result(result.summary, str(result.out))
     _check_gates(result.validation)
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
-from quantkit import blocks, formats, hub, output, packed, skeleton
+from quantkit import blocks, experts, formats, hub, output, packed, skeleton
 from quantkit.checkpoint import Checkpoint, nbytes
 from quantkit.plan import short
 from quantkit.types import Format, Scheme, TensorSpec
@@ -37,23 +38,40 @@ def inspect(path: str) -> dict[str, Any]:
 def _original(source: hub.Source, checkpoint: Checkpoint, facts: list[tuple[str, str]]) -> dict[str, Any]:
     ghost = skeleton.build(source.folder, checkpoint)
     structure = blocks.find(ghost)
-    block = structure.blocks[0]
-    rows = []
-    for i, group in enumerate(block.groups, 1):
-        for name in group:
-            weight = ghost.model.get_submodule(name).weight
-            rows.append([name.removeprefix(block.name + "."), f"{weight.shape[0]} x {weight.shape[1]}", str(i)])
+    block = max(structure.blocks, key=lambda b: len(b.linears))  # the first of them: one with experts, if there is any
+    kinds: dict[tuple[str, str], list[int]] = {}  # name and shape -> how many, and the number of their input
+    inputs: list[list[str]] = []
+    for group in block.groups:
+        names = [_starred(name).removeprefix(block.name + ".") for name in group]
+        if names not in inputs:
+            inputs.append(names)
+        for name, own in zip(names, group, strict=True):
+            n, k = ghost.model.get_submodule(own).weight.shape
+            kinds.setdefault((name, f"{n} x {k}"), [0, inputs.index(names) + 1])[0] += 1
+    rows = [[_times(name, count), shape, str(number)] for (name, shape), (count, number) in kinds.items()]
     facts += [
-        ("blocks", f"{len(structure.blocks)}: {block.name} to {structure.blocks[-1].name}"),
+        ("blocks", f"{len(structure.blocks)}: {structure.blocks[0].name} to {structure.blocks[-1].name}"),
         ("outside blocks", ", ".join(structure.outside) or "no linear layer"),
         ("dtype", str(ghost.dtype).removeprefix("torch.")),
     ]
+    routers = [n.removeprefix(block.name + ".") for n in experts.routers(ghost.model) if n.startswith(block.name + ".")]
+    if routers:
+        facts.append(("routers", ", ".join(sorted(routers))))
     if ghost.unknown:
         facts.append(("without a place", ", ".join(ghost.unknown[:8])))
     alike = all(_shape(b, ghost) == _shape(block, ghost) for b in structure.blocks)
-    warnings = [*structure.warnings, *([] if alike else ["the blocks differ; the table shows the first"])]
+    warnings = [*structure.warnings, *([] if alike else [f"the blocks differ; the table shows {block.name}"])]
     table = {"columns": ["linear in a block", "shape", "input"], "rows": rows}
     return {"title": f"{source.model}", "facts": facts, "table": table, "warnings": warnings}
+
+
+def _starred(name: str) -> str:
+    """The name of one expert's projection with * for its number: model.layers.0.mlp.experts.*.up_proj."""
+    return re.sub(r"(\.\d+\..*)\.\d+\.(\w+)$", r"\1.*.\2", name)
+
+
+def _times(name: str, count: int) -> str:
+    return f"{name} ({count})" if count > 1 else name
 
 
 def _shape(block: blocks.Block, ghost: skeleton.Skeleton) -> list[tuple[str, tuple[int, ...]]]:
@@ -75,7 +93,7 @@ def _quantized(
         facts.append(("made from", str((summary.get("source") or {}).get("model", "another tool's checkpoint"))))
     errors = {x["name"]: x["relative_error"] for x in summary.get("layers", [])}
     found = packed.groups(form, checkpoint.specs)
-    rows = []
+    alike: dict[tuple[str, str, str], list[tuple[str, int, int]]] = {}
     for name in sorted({*found, *_dense(checkpoint, found)}, key=packed.natural):
         if name in found:
             scheme = None if config.unsupported else config.scheme_for(name)
@@ -83,15 +101,20 @@ def _quantized(
         else:
             spec = checkpoint.specs[f"{name}.weight"]
             shape, what, size = spec.shape, spec.dtype, nbytes(spec)
-        weights = math.prod(shape)
+        key = (_starred(name), " x ".join(map(str, shape)) or "?", what)
+        alike.setdefault(key, []).append((name, size, math.prod(shape) if shape else 0))
+    rows = []
+    for (name, shown, what), members in alike.items():
+        size, weights = sum(m[1] for m in members), sum(m[2] for m in members)
+        known = [errors[m[0]] for m in members if m[0] in errors]
         rows.append(
             [
-                name,
-                " x ".join(map(str, shape)) or "?",
+                _times(name, len(members)) if len(members) > 1 else members[0][0],
+                shown,
                 what,
-                f"{8 * size / weights:.3f}" if shape else "?",
+                f"{8 * size / weights:.3f}" if weights else "?",
                 f"{size:,}",
-                f"{errors[name]:.2e}" if name in errors else "",
+                f"{max(known):.2e}" if known else "",
             ]
         )
     columns = ["layer", "shape", "scheme", "bits a weight", "bytes", "relative error"]

@@ -2,9 +2,9 @@
 
     open the writer        every byte of the output has its place, the disk's room is reserved
     run up to the blocks   calibration rows become hidden states
-    for each block         load it; observe each distinct input of its linears; round each weight once; write it;
-                           put the decoded weights in its place and run it again, so that the next block sees
-                           what it will see in production
+    for each block         load it; observe each distinct input of its linears; fold scales, where the recipe has
+                           transforms; round each weight once; write it; put the decoded weights in its place and run
+                           it again, so that the next block sees what it will see in production
     finish                 the rest of the tensors, config.json, every other file of the source
 
 Writes into a folder that the caller made, and never to any other place. Nothing here says that the output is good:
@@ -13,26 +13,26 @@ that is for validation, after a reload from disk.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-from quantkit import algorithms, blocks, calibration, formats, kv_cache, numerics
-from quantkit.checkpoint import DTYPES, ShardWriter, bits_per_weight
+from quantkit import blocks, calibration, folding, formats, kv_cache, observation, skeleton, solve, tuning
+from quantkit.checkpoint import DTYPES, ShardWriter
 from quantkit.errors import InputError
+from quantkit.experts import FEW, coverage
 from quantkit.hub import read_json
-from quantkit.numerics._activations import Magnitudes
 from quantkit.output import copy_files, write_json
-from quantkit.plan import Linear, Plan, outside, short, tokenizer
+from quantkit.plan import Plan, outside, tokenizer
+from quantkit.profile import Profile
 from quantkit.progress import Progress
-from quantkit.stats import Observer
-from quantkit.types import Notes, QParams, QuantizedTensor, Scheme, Stats, TensorScheme
+from quantkit.transforms.rotation import TOLERANCE, Rotation
 
 CONFIG = "config.json"
+HIDDEN_SHARE = 0.25  # of the GPU memory that is free: what hidden states may take of it
 
 
 @dataclass
@@ -44,22 +44,41 @@ class Run:
     device: torch.device
     dtype: torch.dtype
     progress: Progress
+    profile: Profile
     layers: list[dict[str, Any]] = field(default_factory=list)
+    folds: list[dict[str, Any]] = field(default_factory=list)
+    experts: dict[str, int] = field(default_factory=dict)
     kv_scales: dict[str, list[float]] = field(default_factory=lambda: {"k_scale": [], "v_scale": []})
+
+    def record(self, found: solve.Solved) -> None:
+        """One line of the report, and what a user must be told at once."""
+        self.layers.append(found.report)
+        for line in found.report["notes"]:
+            self.progress.warn(f"{found.layer.name}: {line}")
 
 
 @torch.no_grad()
-def quantize(plan: Plan, folder: Path, *, device: torch.device, progress: Progress) -> dict[str, Any]:
+def quantize(
+    plan: Plan,
+    folder: Path,
+    *,
+    device: torch.device,
+    progress: Progress,
+    profile: Profile | None = None,
+    calibration_data: Iterable[Any] | None = None,
+) -> dict[str, Any]:
     """Quantizes a planned model into an empty folder; returns what quantkit.json says of the layers, data and files.
 
-    device  where blocks are computed; on the CPU in float32, on a GPU in the checkpoint's dtype
+    device   where blocks are computed; on the CPU in float32, on a GPU in the checkpoint's dtype
+    profile  takes the seconds of each part of the work
+    calibration_data  texts or chats in place of the recipe's; read once
     """
     for warning in plan.warnings:
         progress.warn(warning)
-    rows = _rows(plan, progress)
+    rows = _rows(plan, progress, calibration_data)
     dtype = torch.float32 if device.type == "cpu" else plan.skeleton.dtype
     writer = ShardWriter(folder, plan.specs, plan.recipe.export.shard_bytes)
-    run = Run(plan, writer, device, dtype, progress)
+    run = Run(plan, writer, device, dtype, progress, profile or Profile(device, on=False))
     try:
         progress.begin(len(plan.structure.blocks), "block")
         batches = _outside(run, rows)
@@ -73,43 +92,67 @@ def quantize(plan: Plan, folder: Path, *, device: torch.device, progress: Progre
     finally:
         writer.abort()
     files = _files(plan, folder, weights)
-    return {"data": _data(rows), "kv_cache": _kv_range(run), "layers": run.layers, "files": files}
+    return {
+        "data": _data(rows),
+        "kv_cache": _kv_range(run),
+        "layers": run.layers,
+        "folds": run.folds,
+        "experts": run.experts,
+        "files": files,
+    }
 
 
-def _rows(plan: Plan, progress: Progress) -> calibration.Rows | None:
-    """The calibration rows, or None for a method that needs none."""
+def _rows(plan: Plan, progress: Progress, texts: Iterable[Any] | None = None) -> calibration.Rows | None:
+    """The calibration rows, or None for a method that needs none.
+
+    texts  take the place of the recipe's calibration.data
+    """
     if not plan.needs_data:
+        if texts is not None:
+            progress.warn("calibration_data is not read: this method and scheme observe nothing")
         return None
     wanted = plan.recipe.calibration
+    if texts is None:
+        place = {key: getattr(wanted, key) for key in ("subset", "split", "revision", "column")}
+        source = calibration.open_source(wanted.data, **place)
+    else:
+        source = calibration.from_iterable(texts, wanted.column)
     rows = calibration.pack_rows(
-        calibration.load_texts(wanted.data),
+        source,
         tokenizer(plan.source, trust_remote_code=plan.recipe.trust_remote_code),
         samples=wanted.samples,
         length=wanted.length,
         packing=wanted.packing,
+        min_tokens=wanted.min_tokens,
+        shuffle=wanted.shuffle,
+        chat_template=wanted.chat_template,
+        tokens=wanted.tokens,
     )
-    report = rows.report
-    if report["rows"] < wanted.samples:
-        progress.warn(
-            f"calibration data {wanted.data} gives {report['rows']} rows of {wanted.length} tokens, "
-            f"not the {wanted.samples} that the recipe asks for"
-        )
     vocabulary = plan.skeleton.model.get_input_embeddings().num_embeddings
     if int(rows.ids_RL.max()) >= vocabulary:
         raise InputError(
             f"{plan.source.folder}: the tokenizer gives token {int(rows.ids_RL.max())}, but the model has only "
             f"{vocabulary} embeddings; they do not belong together"
         )
-    progress.say(
-        f"calibration: {report['tokens']:,} tokens in {report['rows']} rows of {wanted.length} from {wanted.data}"
-    )
-    widest = max(x.shape[1] for x in plan.quantized)
-    if report["tokens"] < 4 * widest:
-        progress.warn(
-            f"only {report['tokens']:,} calibration tokens for layers of {widest} inputs; below {4 * widest:,} "
-            "the statistics fit the calibration text more than the model: raise calibration.samples or length"
-        )
+    _tell(rows.report, source.name, max(x.shape[1] for x in plan.quantized), progress)
     return rows
+
+
+def _tell(report: dict[str, Any], name: str, widest: int, progress: Progress) -> None:
+    """The data report in a few lines, with a warning where there are fewer rows or tokens than it takes."""
+    for line in calibration.said(report, name):
+        progress.say(line)
+    if report["rows"] < report["rows_wanted"]:
+        progress.warn(
+            f"calibration data {name} gives {report['rows']} rows of {report['length']} tokens, "
+            f"not the {report['rows_wanted']} that the recipe asks for"
+        )
+    if report["counted_tokens"] < 4 * widest:
+        progress.warn(
+            f"only {report['counted_tokens']:,} calibration tokens for layers of {widest} inputs; below {4 * widest:,} "
+            f"the statistics fit the calibration text more than the model, and {16 * widest:,} are better: raise "
+            "calibration.samples or length"
+        )
 
 
 def _data(rows: calibration.Rows | None) -> dict[str, Any] | None:
@@ -134,8 +177,8 @@ def _outside(run: Run, rows: calibration.Rows | None) -> list[blocks.Batch]:
     names = outside(ghost, plan.structure)
     run.progress.doing("embeddings")
     for name in names:
-        disk = ghost.to_disk[name]
-        run.writer.write(disk, ghost.checkpoint.read_finite(disk))
+        dtype = DTYPES[skeleton.spec_of(ghost, name).dtype]
+        run.writer.write(ghost.to_disk[name], ghost.read(name).to(dtype))
     if rows is None:
         return []
     ghost.load(names, run.device, run.dtype)
@@ -144,85 +187,197 @@ def _outside(run: Run, rows: calibration.Rows | None) -> list[blocks.Batch]:
         buffer.data = buffer.data.to(run.device)
     size = plan.recipe.calibration.batch_size
     pairs = zip(rows.ids_RL.split(size), rows.mask_RL.split(size), strict=True)
-    batches = blocks.begin(ghost, plan.structure, [(i.to(run.device), m.to(run.device)) for i, m in pairs])
+    on_device = ((i.to(run.device), m.to(run.device)) for i, m in pairs)
+    keep = _host if _on_host(run, rows) else (lambda x: x)
+    batches = blocks.begin(ghost, plan.structure, on_device, keep)
+    if plan.carries_dense:
+        for batch in batches:
+            batch.dense, batch.onward = keep(batch.hidden), keep(batch.hidden)
     ghost.unload(names)
     return batches
 
 
+def _on_host(run: Run, rows: calibration.Rows) -> bool:
+    """Whether hidden states wait on the host between blocks, as the recipe says or the memory that is free decides."""
+    if run.device.type == "cpu":
+        return False
+    hidden = run.plan.skeleton.model.config.get_text_config().hidden_size
+    size = rows.ids_RL.numel() * hidden * run.dtype.itemsize * (3 if run.plan.carries_dense else 1)
+    free, _ = torch.cuda.mem_get_info(run.device)
+    wanted = run.plan.recipe.calibration.hidden
+    host = wanted == "host" or (wanted == "auto" and size > free * HIDDEN_SHARE)
+    run.progress.say(f"hidden states: {size / 2**30:.1f} GiB, on the {'host' if host else 'GPU'} between blocks")
+    return host
+
+
+def _host(x: torch.Tensor) -> torch.Tensor:
+    """A copy in page-locked memory of the host, which a GPU reads and writes without waiting."""
+    return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x)
+
+
 def _block(run: Run, block: blocks.Block, batches: list[blocks.Batch]) -> None:
-    """One block: observe, quantize, write, and run on with the decoded weights."""
-    ghost, linears = run.plan.skeleton, run.plan.linears
+    """One block: observe, rewrite, quantize, write, and run on with the decoded weights."""
+    plan, ghost, profile = run.plan, run.plan.skeleton, run.profile
     names = ghost.parameters(block.name + ".")
-    ghost.load(names, run.device, run.dtype)
+    with profile("read"):
+        ghost.load(names, run.device, run.dtype)
     module = ghost.model.get_submodule(block.name)
-    peaks = kv_cache.Peaks() if run.plan.caches else None
-    observers = _observe(run, block, module, batches, peaks)
+    if plan.rotation is not None:
+        with profile("transform"):
+            _check_rotation(run, plan.rotation, block, batches[0])
+    peaks = kv_cache.Peaks() if plan.caches else None
+    with profile("observe"):
+        seen = _observe(run, block, batches, None if plan.links else peaks)
+    if plan.links:
+        run.progress.doing("transform")
+        with profile("transform"):
+            run.folds += folding.fold(plan, block, batches[0], seen, run.progress)
+        with profile("observe"):
+            _observe_folded(run, block, batches, seen, peaks)
     if peaks is not None:
         _write_kv(run, block, peaks)
-    packed: set[str] = set()
-    for k, group in enumerate(block.groups, 1):
-        run.progress.doing(f"quantize {k}/{len(block.groups)}")
-        for alike in _by_scheme([linears[m] for m in group if linears[m].scheme is not None]):
-            observer = observers.get(alike[0].module)
-            stats = None if observer is None else observer.result()
-            _solve(run, alike, stats)
-            packed.update(f"{x.module}.weight" for x in alike)
-        for m in group:
-            observers.pop(m, None)
-    for name in names:
-        if name not in packed:
-            disk = ghost.to_disk[name]
-            run.writer.write(disk, ghost.checkpoint.read(disk))
-    if batches and block.index + 1 < len(run.plan.structure.blocks):
+    solved = _solve(run, block, batches, seen)
+    with profile("write"):
+        _write(run, names, solved)
+    last = block.index + 1 == len(plan.structure.blocks)
+    if batches and not last:
         run.progress.doing("run with quantized weights")
-        for batch in batches:
-            batch.hidden = blocks.run(module, batch, block.index)
+        with profile("propagate"):
+            for batch in batches:
+                batch.hidden = blocks.store(blocks.run(module, batch, block.index), batch.hidden)
+                batch.dense, batch.onward = batch.onward, batch.dense
     ghost.unload(names)
 
 
+def _check_rotation(run: Run, rotation: Rotation, block: blocks.Block, batch: blocks.Batch) -> None:
+    """Runs the original block beside the rotated one, in float32. Raises InputError when they do not agree."""
+    ghost = run.plan.skeleton
+    names = ghost.parameters(block.name + ".")
+    kept = {name: ghost.get(name) for name in names}
+    module = ghost.model.get_submodule(block.name)
+
+    def through(read: Callable[..., torch.Tensor], hidden: torch.Tensor) -> torch.Tensor:
+        for name in names:
+            tensor = read(name, run.device)
+            ghost.put(name, tensor.float() if tensor.is_floating_point() else tensor)
+        return blocks.run(module, batch, block.index, hidden=hidden)
+
+    before = rotation.original(batch.hidden.to(run.device).float())
+    error = rotation.error(
+        before, through(ghost.original, before), through(ghost.read, rotation.hidden(before)), batch.mask
+    )
+    for name, tensor in kept.items():
+        ghost.put(name, tensor)
+    if not error <= TOLERANCE:
+        raise InputError(
+            f"{block.name}: rotated, it does something else (relative error {error:.2g}, above {TOLERANCE:g}, more "
+            "than rounding explains); this architecture cannot be rotated, leave rotation out of transforms"
+        )
+
+
 def _observe(
-    run: Run, block: blocks.Block, module: nn.Module, batches: list[blocks.Batch], peaks: kv_cache.Peaks | None
-) -> dict[str, Observer]:
-    """Runs the block over all batches; one observer for each distinct input, under the name of each linear of it.
-
-    peaks  takes the keys and values, when their scales are wanted
-    """
-    needs = algorithms.get(run.plan.recipe.method_name).needs(run.plan.recipe.method_options)
-    linears = run.plan.linears
-    shared: dict[str, Observer] = {}
-    first: dict[str, Observer] = {}
-    for group in block.groups if batches else ():
-        schemes = [s for m in group if (s := linears[m].scheme) is not None]
-        wanted = needs.union(*(_input_needs(run, s) for s in schemes))
-        if schemes and wanted:
-            observer = Observer(wanted, linears[group[0]].shape[1], run.device)
-            first[group[0]] = observer
-            shared.update(dict.fromkeys(group, observer))
-    if not first and peaks is None:
-        return {}
+    run: Run, block: blocks.Block, batches: list[blocks.Batch], peaks: kv_cache.Peaks | None
+) -> observation.Observed:
+    """The statistics of this block's inputs that the method, the transforms and the schemes of inputs ask for."""
+    plan = run.plan
+    needs = {name: plan.needs(plan.linears[name]) for name in block.linears}
+    if plan.links:
+        needs = {name: wanted - {"magnitudes"} for name, wanted in needs.items()}
+    if not batches or (peaks is None and not any(needs.values()) and batches[0].dense is None):
+        return observation.Observed()
     run.progress.doing("observe")
-    for batch in batches:
+    prior = plan.recipe.calibration.expert_prior
+    seen = observation.observe(plan.skeleton.model, block, batches, needs, peaks=peaks, prior=prior)
+    run.experts |= seen.tokens
+    for line in dict.fromkeys(seen.notes):
+        run.progress.warn(line)
+    for owner, tokens in _by_owner(seen.tokens).items():
+        width = int(plan.skeleton.model.get_submodule(owner).width)
+        found = coverage(tokens, width)
+        if found["few"]:
+            run.progress.warn(
+                f"{owner}: {found['few']} of {found['experts']} experts saw fewer than {FEW} tokens an input channel "
+                f"({FEW * width}), the least {found['min']}, the median {found['median']:g}; their statistics lean on "
+                "those of all tokens: raise calibration.samples"
+            )
+    return seen
 
-        def see(name: str, x: torch.Tensor, mask: torch.Tensor = batch.mask) -> None:
-            try:
-                first[name].update(x, mask)
-            except InputError as e:
-                raise InputError(f"{linears[name].name}: {e}") from None
 
-        with blocks.watched(run.plan.skeleton.model, list(first), see):
-            if peaks is None:
-                blocks.run(module, batch, block.index)
-            else:
-                kv_cache.observe(module, batch, block, peaks)
-    return shared
+def _by_owner(tokens: Mapping[str, int]) -> dict[str, list[int]]:
+    """Tokens of each expert, by the module that holds the experts."""
+    found: dict[str, list[int]] = {}
+    for name, count in tokens.items():
+        found.setdefault(name.rpartition(".")[0], []).append(count)
+    return found
 
 
-def _input_needs(run: Run, scheme: Scheme) -> frozenset[str]:
-    """The statistics that the scale of a layer's input needs."""
-    if not scheme.calibrates_input or scheme.activations is None:
-        return frozenset()
-    counted = not scheme.activations.dynamic and run.plan.recipe.calibration.input_scale != "absmax"
-    return frozenset({"absmax", "magnitudes"} if counted else {"absmax"})
+def _observe_folded(
+    run: Run,
+    block: blocks.Block,
+    batches: list[blocks.Batch],
+    seen: observation.Observed,
+    peaks: kv_cache.Peaks | None,
+) -> None:
+    """What a fold changes in ways that cannot be reckoned: a histogram over all channels, the peaks of values."""
+    plan = run.plan
+    needs = {name: plan.needs(plan.linears[name]) & {"magnitudes"} for name in block.linears}
+    if peaks is None and not any(needs.values()):
+        return
+    again = observation.observe(plan.skeleton.model, block, batches, needs, peaks=peaks)
+    for name, stats in again.stats.items():
+        if name in seen.stats:
+            seen.stats[name] = replace(seen.stats[name], magnitudes=stats.magnitudes)
+
+
+def _solve(
+    run: Run, block: blocks.Block, batches: list[blocks.Batch], seen: observation.Observed
+) -> dict[str, solve.Solved]:
+    """Codes of every linear of the block that is quantized, by name in memory; the decoded weights are in place."""
+    with run.profile("quantize"):
+        if hasattr(run.plan.recipe.method.module, "quantize_block"):
+            found = tuning.tune(run.plan, block, batches, seen.stats, run.progress)
+        else:
+            found = _solve_each(run, block, seen)
+    for x in found:
+        # What an engine multiplies with is rounded to the model's dtype.
+        run.plan.skeleton.put(f"{x.layer.module}.weight", x.decoded_NK.to(DTYPES[x.layer.dtype]).to(run.dtype))
+        run.record(x)
+    return {x.layer.module: x for x in found}
+
+
+def _solve_each(run: Run, block: blocks.Block, seen: observation.Observed) -> list[solve.Solved]:
+    """Layers that share an input together, one such group after the other; frees their statistics."""
+    linears, model = run.plan.linears, run.plan.skeleton.model
+    found: list[solve.Solved] = []
+    for k, group in enumerate(block.groups, 1):
+        run.progress.doing(f"quantize {k}/{len(block.groups)}")
+        for alike in solve.by_scheme([linears[m] for m in group if linears[m].scheme is not None]):
+            weights = [model.get_submodule(x.module).weight for x in alike]
+            found += solve.solve(run.plan, alike, weights, seen.stats.get(alike[0].module))
+        for m in group:
+            seen.stats.pop(m, None)
+    return found
+
+
+def _write(run: Run, names: Sequence[str], solved: dict[str, solve.Solved]) -> None:
+    """Writes a block: codes of what was quantized, the rest as it is now. Leaves its parameters in the run's dtype."""
+    plan, ghost = run.plan, run.plan.skeleton
+    for found in solved.values():
+        layer = found.layer
+        assert layer.scheme is not None
+        for suffix, tensor in plan.format.pack(found.tensor, layer.scheme.activations, found.inputs).items():
+            run.writer.write(f"{layer.name}.{suffix}", tensor)
+    for name in names:
+        if name.removesuffix(".weight") in solved and name.endswith(".weight"):
+            continue
+        if plan.rewrites:
+            spec = skeleton.spec_of(ghost, name)
+            run.writer.write(ghost.to_disk[name], ghost.get(name).to(DTYPES[spec.dtype]))
+            if ghost.get(name).is_floating_point():
+                ghost.put(name, ghost.get(name).to(DTYPES[spec.dtype]).to(run.dtype))
+        else:
+            disk = ghost.to_disk[name]
+            run.writer.write(disk, ghost.checkpoint.read(disk))
 
 
 def _write_kv(run: Run, block: blocks.Block, peaks: kv_cache.Peaks) -> None:
@@ -239,125 +394,14 @@ def _write_kv(run: Run, block: blocks.Block, peaks: kv_cache.Peaks) -> None:
         run.kv_scales[leaf] += tensor.flatten().tolist()
 
 
-def _by_scheme(group: Sequence[Linear]) -> list[list[Linear]]:
-    """Layers that can be solved together: those with one scheme and one dtype.
-
-    They then share scales of the whole tensor, as engines that fuse them want it. A tile of rows must not reach from
-    one layer into the next: layers whose rows are no multiple of it are solved alone.
-    """
-    alike: dict[tuple[Any, str], list[Linear]] = {}
-    for layer in group:
-        alike.setdefault((layer.scheme, layer.dtype), []).append(layer)
-    found: list[list[Linear]] = []
-    for layers in alike.values():
-        tile = _tile(layers[0].scheme.weights) if layers[0].scheme else 1
-        straddles = any(x.shape[0] % tile for x in layers[:-1])
-        found += [[x] for x in layers] if straddles else [layers]
-    return found
-
-
-def _tile(scheme: TensorScheme) -> int:
-    """Rows of a weight that share their scales."""
-    return scheme.block_shape[0] if scheme.strategy == "block" and scheme.block_shape else 1
-
-
-def _solve(run: Run, layers: list[Linear], stats: Stats | None) -> None:
-    """Quantizes linears of one input and scheme as one stacked weight; writes them, puts the decoded ones in place."""
-    recipe, model = run.plan.recipe, run.plan.skeleton.model
-    scheme = layers[0].scheme
-    assert scheme is not None
-    weights = [model.get_submodule(x.module).weight for x in layers]
-    algorithm = algorithms.get(recipe.method_name)
-    scale_dtype = DTYPES[formats.scale_dtype(run.plan.format, layers[0].dtype)]
-    notes = Notes()
-    try:
-        q = algorithm.quantize(
-            torch.cat(weights).float(),
-            scheme.weights,
-            stats,
-            options=recipe.method_options,
-            scale_dtype=scale_dtype,
-            notes=notes,
-        )
-        inputs = _input_scales(scheme, stats, scale_dtype, recipe.calibration.input_scale)
-    except InputError as e:
-        raise InputError(f"{', '.join(x.name for x in layers)}: {e}") from None
-    for layer, weight, part in zip(layers, weights, _split(q, [x.shape[0] for x in layers]), strict=True):
-        decoded = numerics.dequantize(part)
-        _record(run, layer, weight, decoded, stats, notes)
-        for suffix, tensor in run.plan.format.pack(part, scheme.activations, inputs).items():
-            run.writer.write(f"{layer.name}.{suffix}", tensor)
-        # What an engine multiplies with is rounded to the model's dtype.
-        run.plan.skeleton.put(f"{layer.module}.weight", decoded.to(DTYPES[layer.dtype]).to(run.dtype))
-
-
-def _input_scales(scheme: Scheme, stats: Stats | None, dtype: torch.dtype, rule: str) -> QParams | None:
-    """The scales of a layer's input that are stored; None for a scheme without them.
-
-    rule  how a static scale is found, by the names of `Magnitudes.scale`; "absmax" is exact, from the largest |x|
-    """
-    if not scheme.calibrates_input or scheme.activations is None:
-        return None
-    if stats is None or stats.absmax_K is None or not float(stats.absmax_K.max()) > 0:
-        raise InputError(
-            "no calibration token gave this layer an input, so its input scale cannot be found; use more calibration "
-            "data, or a scheme with dynamic activations"
-        )
-    number = numerics.get(scheme.activations.number)
-    found: QParams = number.qparams(stats.absmax_K[None], scheme.activations, scale_dtype=dtype)
-    if rule == "absmax" or scheme.activations.dynamic or stats.magnitudes is None:
-        return found
-    scale = Magnitudes(counts=stats.magnitudes).scale(scheme.activations, rule).to(dtype)
-    return QParams(torch.where(scale == 0, torch.finfo(dtype).eps, scale).reshape(1, 1))
-
-
-def _split(q: QuantizedTensor, rows: list[int]) -> list[QuantizedTensor]:
-    """Takes a stacked weight apart again, by rows. Scales of a whole tensor go to every part."""
-    parts = []
-    whole, tile = q.scheme.strategy == "tensor", _tile(q.scheme)
-    for start, count in zip(torch.tensor([0, *rows]).cumsum(0).tolist(), rows, strict=False):
-
-        def cut(t: torch.Tensor | None, start: int = start, count: int = count) -> torch.Tensor | None:
-            return t if t is None or whole else t[start // tile : -(-(start + count) // tile)].contiguous()
-
-        scale = cut(q.qparams.scale_NG)
-        assert scale is not None
-        qparams = QParams(scale, cut(q.qparams.zero_NG), q.qparams.global_scale)
-        parts.append(QuantizedTensor(q.codes_NK[start : start + count].contiguous(), qparams, q.scheme))
-    return parts
-
-
-def _record(
-    run: Run, layer: Linear, weight: torch.Tensor, decoded: torch.Tensor, stats: Stats | None, notes: Notes
-) -> None:
-    """One line of the report: how far the layer is from what it was, in its output when its inputs are known."""
-    w, d = weight.float(), weight.float() - decoded
-    gram = None if stats is None else stats.gram_KK
-    if gram is None:
-        kind, error, whole = "weight", float(d.square().sum()), float(w.square().sum())
-    else:
-        kind, error, whole = "output", float(((d @ gram) * d).sum()), float(((w @ gram) * w).sum())
-    bits = bits_per_weight(run.plan.tensors(layer), layer.shape[0] * layer.shape[1])
-    run.layers.append(
-        {
-            "name": layer.name,
-            "scheme": short(layer.scheme),
-            "shape": list(layer.shape),
-            "bits_per_weight": round(bits, 4),
-            "relative_error": error / whole if whole else 0.0,
-            "error_of": kind,
-            "tokens": stats.tokens if stats else 0,
-            "notes": list(notes.lines),
-        }
-    )
-    for line in notes.lines:
-        run.progress.warn(f"{layer.name}: {line}")
-
-
 def _files(plan: Plan, folder: Path, weights: list[str]) -> dict[str, Any]:
     """config.json with what was done, every other file of the source, and the format's own."""
     config = read_json(plan.source.folder / CONFIG)
     config["quantization_config"] = plan.config()
+    if plan.untied:
+        for part in (config, config.get("text_config")):
+            if isinstance(part, dict) and (part is config or "tie_word_embeddings" in part):
+                part["tie_word_embeddings"] = False
     write_json(folder / CONFIG, config)
     sources = plan.skeleton.checkpoint.where.values()
     files = copy_files(plan.source.folder, folder, set(sources), skip=(CONFIG,))

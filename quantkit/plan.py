@@ -6,18 +6,20 @@ refused here, before anything is computed or written.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from transformers import AutoTokenizer
 
-from quantkit import algorithms, blocks, formats, hub, kv_cache, lint, numerics, skeleton
+from quantkit import blocks, experts, formats, hub, kv_cache, links, lint, numerics, packed, skeleton
 from quantkit.checkpoint import DTYPES, NAMES, Checkpoint, nbytes
 from quantkit.errors import InputError
 from quantkit.formats import compressed_tensors
 from quantkit.lint.described import Described, Layer
 from quantkit.recipe import Recipe
+from quantkit.transforms import rotation
 from quantkit.types import Format, Scheme, TensorScheme, TensorSpec
 
 
@@ -40,6 +42,8 @@ class Plan:
     linears  by name in memory
     specs    every tensor of the output, in the order of writing
     caches   attention layers whose KV cache is quantized, one a block; empty when it is not
+    links    pairs of modules between which a transform of the recipe may move a scale; empty without such a transform
+    rotation what a rotation of the hidden states makes of each parameter; None without one
     """
 
     recipe: Recipe
@@ -50,6 +54,8 @@ class Plan:
     specs: dict[str, TensorSpec]
     warnings: tuple[str, ...]
     caches: tuple[kv_cache.Attention, ...] = ()
+    links: tuple[links.Link, ...] = ()
+    rotation: rotation.Rotation | None = None
 
     @property
     def quantized(self) -> list[Linear]:
@@ -66,10 +72,38 @@ class Plan:
 
     @property
     def needs_data(self) -> bool:
-        """Whether calibration tokens run through the model: for the method, or scales of inputs or the KV cache."""
-        needs = algorithms.get(self.recipe.method_name).needs(self.recipe.method_options)
-        inputs = any(x.scheme is not None and x.scheme.calibrates_input for x in self.quantized)
-        return bool(needs) or inputs or bool(self.caches)
+        """Whether calibration tokens run through the model."""
+        # A transform is checked on tokens, whatever statistics it reads.
+        unasked = self.caches or self.recipe.transforms or self.carries_dense
+        return bool(unasked) or any(self.needs(x) for x in self.linears.values())
+
+    @property
+    def carries_dense(self) -> bool:
+        """Whether the dense model runs beside the quantized one."""
+        needs = self.recipe.method.module.needs(self.recipe.method_options)
+        return "drift" in needs or hasattr(self.recipe.method.module, "quantize_block")
+
+    def needs(self, layer: Linear) -> frozenset[str]:
+        """The statistics of a layer's input that are asked for: by the method, a transform, the scheme of the input."""
+        found: frozenset[str] = frozenset()
+        if layer.scheme is not None:
+            found |= self.recipe.method.module.needs(self.recipe.method_options)
+            if layer.scheme.calibrates_input and layer.scheme.activations is not None:
+                counted = not layer.scheme.activations.dynamic and self.recipe.calibration.input_scale != "absmax"
+                found |= {"absmax", "magnitudes"} if counted else {"absmax"}
+        if layer.module in self.folded_into:
+            found = found.union(*(t.module.needs(t.options) for t in self.recipe.transforms))
+        return found
+
+    @functools.cached_property
+    def folded_into(self) -> frozenset[str]:
+        """Linears, by name in memory, whose input a transform may rescale."""
+        return frozenset(name for link in self.links for name in link.consumers)
+
+    @property
+    def rewrites(self) -> bool:
+        """Whether tensors that stay dense are written otherwise than they were read."""
+        return bool(self.recipe.transforms)
 
     @property
     def kv_scheme(self) -> TensorScheme | None:
@@ -80,6 +114,11 @@ class Plan:
     def format(self) -> Format:
         """The module of the checkpoint format."""
         return formats.get(self.recipe.export.format)
+
+    @property
+    def untied(self) -> bool:
+        """Whether lm_head no longer shares the embeddings' weight."""
+        return self.rotation is not None and self.rotation.untied is not None
 
     def config(self) -> dict[str, Any]:
         """The quantization_config of the output."""
@@ -98,12 +137,30 @@ class Plan:
         return self.format.tensors(layer.shape, layer.scheme, formats.scale_dtype(self.format, layer.dtype))
 
 
-def make(recipe: Recipe) -> Plan:
-    """Finds the model and decides what happens to each of its tensors. Raises InputError for what cannot be done."""
+@dataclass(frozen=True)
+class Found:
+    """A model, understood: what is the same for every recipe that names it."""
+
+    source: hub.Source
+    skeleton: skeleton.Skeleton
+    structure: blocks.Structure
+
+
+def look(recipe: Recipe) -> Found:
+    """Finds the model of a recipe. Raises InputError when there is none, or it cannot be taken block by block."""
     source = hub.resolve(recipe.model)
     checkpoint = Checkpoint.open(source.folder)
     ghost = skeleton.build(source.folder, checkpoint, trust_remote_code=recipe.trust_remote_code)
-    structure = blocks.find(ghost)
+    return Found(source, ghost, blocks.find(ghost))
+
+
+def make(recipe: Recipe, found: Found | None = None) -> Plan:
+    """Finds the model and decides what happens to each of its tensors. Raises InputError for what cannot be done.
+
+    found  the model, where it was looked at already
+    """
+    found = found or look(recipe)
+    source, ghost, structure = found.source, found.skeleton, found.structure
     caches: tuple[kv_cache.Attention, ...] = ()
     if recipe.kv_cache is not None:
         formats.with_kv_cache(formats.get(recipe.export.format))  # refuses the others
@@ -111,15 +168,41 @@ def make(recipe: Recipe) -> Plan:
     linears, warnings = _linears(recipe, ghost, structure)
     if not any(x.scheme for x in linears.values()):
         raise InputError("no layer would be quantized: every linear is left dense by a rule or by scheme: none")
-    specs = _specs(recipe, ghost, structure, linears, _kv_specs(recipe, ghost, caches))
     if ghost.unknown:
         names = ", ".join(ghost.unknown[:3]) + (", ..." if len(ghost.unknown) > 3 else "")
         warnings.append(
             f"{len(ghost.unknown)} tensors have no place in transformers' model and are copied as they are: {names}"
         )
-    plan = Plan(recipe, source, ghost, structure, linears, specs, (*structure.warnings, *warnings), caches)
+    pairs, turned = _transforms(recipe, ghost, structure, warnings)
+    specs = _specs(recipe, ghost, structure, linears, _kv_specs(recipe, ghost, caches))
+    plan = Plan(
+        recipe, source, ghost, structure, linears, specs, (*structure.warnings, *warnings), caches, pairs, turned
+    )
     plan.config()  # refuses here what a format cannot say of all layers together, such as mixed schemes
     return replace(plan, warnings=(*plan.warnings, *_engine_warnings(plan)))
+
+
+def _transforms(
+    recipe: Recipe, ghost: skeleton.Skeleton, structure: blocks.Structure, warnings: list[str]
+) -> tuple[tuple[links.Link, ...], rotation.Rotation | None]:
+    """Where the recipe's transforms can fold scales, and the rotation, which `ghost` will apply as it reads."""
+    if not recipe.transforms:
+        return (), None
+    pairs, more = links.find(ghost.model, structure)
+    warnings += more
+    turned: rotation.Rotation | None = None
+    for t in recipe.transforms:
+        if t.name == "rotation":
+            assert isinstance(t.options, rotation.Options)
+            turned = rotation.plan(ghost.model, structure, pairs, t.options)
+            warnings += turned.warnings
+            ghost.rewrite = turned.rewrite
+            if turned.untied is not None:
+                ghost.untie(*turned.untied)
+        elif not pairs:
+            raise InputError(f"{t.name}: this architecture has no place where a scale can be folded; leave it out")
+    scaling = any(t.name != "rotation" for t in recipe.transforms)
+    return pairs if scaling else (), turned
 
 
 def described(plan: Plan) -> Described:
@@ -138,7 +221,7 @@ def described(plan: Plan) -> Described:
         plan.recipe.export.format,
         layers,
         plan.specs,
-        tied=bool(getattr(source.get_text_config(), "tie_word_embeddings", False)),
+        tied=bool(getattr(source.get_text_config(), "tie_word_embeddings", False)) and not plan.untied,
         files=frozenset(p.name for p in plan.source.folder.iterdir()),
         says_packed=lambda name: layers[name].packed,
         modules=frozenset(name for name, _ in plan.skeleton.model.named_modules()),
@@ -170,11 +253,10 @@ def tokenizer(source: hub.Source, *, trust_remote_code: bool = False) -> Any:
 def _linears(
     recipe: Recipe, ghost: skeleton.Skeleton, structure: blocks.Structure
 ) -> tuple[dict[str, Linear], list[str]]:
-    inside = [name for block in structure.blocks for name in block.linears]
-    on_disk = {
-        m: ghost.to_disk.get(f"{m}.weight", f"{m}.weight").removesuffix(".weight")
-        for m in (*inside, *structure.outside)
-    }
+    linear = [*(name for block in structure.blocks for name in block.linears), *structure.outside]
+    routers = experts.routers(ghost.model)
+    bare = sorted(routers - set(linear), key=packed.natural)  # routers that are no nn.Linear
+    on_disk = {m: ghost.to_disk.get(f"{m}.weight", f"{m}.weight").removesuffix(".weight") for m in (*linear, *bare)}
     schemes, silent = recipe.assign(list(on_disk.values()))
     linears: dict[str, Linear] = {}
     for module, name in on_disk.items():
@@ -185,6 +267,12 @@ def _linears(
             if scheme is not None and any(rule.matches(name) for rule in recipe.rules):
                 raise InputError(f"{name}: is in no block, and only layers in blocks can be quantized by this version")
             scheme, reason = None, "is in no block"
+        if module in routers:
+            named = any(rule.match == name for rule in recipe.rules)
+            if module in bare and named and scheme is not None:
+                raise InputError(f"{name}: is a router that is no linear layer in transformers, so it must stay dense")
+            if module in bare or not named:
+                scheme, reason = None, "is a router"
         spec = ghost.checkpoint.specs.get(f"{name}.weight")
         dtype = spec.dtype if spec else "BF16"
         if scheme is not None:
@@ -208,6 +296,9 @@ def _check(name: str, shape: tuple[int, int], dtype: str, scheme: Scheme, recipe
                 raise InputError(
                     "static activations with zero points cannot be calibrated; make them symmetric or dynamic"
                 )
+        signed = getattr(recipe.method_options, "signed_scales", False)
+        if signed and (deaf := lint.unsigned([scheme], recipe.export.engines)):
+            raise InputError(f"of {', '.join(deaf)} it is not known that it reads signed scales; set it to false")
         form = formats.get(recipe.export.format)
         form.tensors(shape, scheme, formats.scale_dtype(form, dtype))
     except InputError as e:
@@ -291,7 +382,8 @@ def memory(plan: Plan, device: torch.device, dtype: torch.dtype) -> dict[str, in
     if plan.needs_data:
         hidden = int(ghost.model.config.get_text_config().hidden_size)
         rows, length = recipe.calibration.samples, recipe.calibration.length
-        inputs = [plan.linears[g[0]].shape[1] for g in plan.structure.blocks[0].groups]
+        blocks = ([plan.linears[g[0]].shape[1] for g in b.groups] for b in plan.structure.blocks)
+        inputs = max(blocks, key=lambda widths: sum(k * k for k in widths))
         widest = max(inputs)
         parts["embeddings and head"] = sum(_numel(ghost, p) for p in outside(ghost, plan.structure)) * size
         parts["hidden states"] = rows * length * hidden * size

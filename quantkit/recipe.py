@@ -15,28 +15,26 @@ import fnmatch
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import (
     BaseModel,
     BeforeValidator,
     Field,
-    GetJsonSchemaHandler,
-    SerializeAsAny,
     ValidationError,
-    create_model,
     field_serializer,
     field_validator,
-    model_serializer,
     model_validator,
 )
-from pydantic_core import CoreSchema
 
 from quantkit import strict_yaml
 from quantkit.errors import InputError
+from quantkit.recipe_calibration import Calibration, TextSource
+from quantkit.recipe_effort import Effort, method_of
 from quantkit.recipe_errors import explain, hint, problem, shown
+from quantkit.recipe_named import Method, Transform
 from quantkit.recipe_overrides import override
-from quantkit.recipe_scheme import FP8_CACHE, NONE, KvCacheSpec, Part, SchemeSpec
+from quantkit.recipe_scheme import FP8_CACHE, NONE, KvCacheSpec, Part, RecipeScheme, SchemeSpec
 from quantkit.strict_yaml import KeyPath
 from quantkit.types import Scheme
 
@@ -67,74 +65,14 @@ class Rule(Part):
         return self.match == name or fnmatch.fnmatchcase(name, self.match)
 
 
-class Method(Part):
-    """`gptq`, or `{gptq: {act_order: static}}`."""
-
-    name: str
-    options: SerializeAsAny[BaseModel]
-
-    @model_validator(mode="before")
-    @classmethod
-    def _spread(cls, value: Any) -> Any:
-        from quantkit import algorithms  # imports torch
-
-        if isinstance(value, Method):
-            return value
-        if isinstance(value, str):
-            value = {value: {}}
-        if not isinstance(value, Mapping) or len(value) != 1:
-            given = ", ".join(map(str, value)) if isinstance(value, Mapping) and value else shown(value)
-            raise problem("expected one method, by name or as a mapping of its options; got {given}", given=given)
-        ((name, given),) = value.items()
-        if name not in algorithms.names():
-            known = ", ".join(algorithms.names())
-            raise problem("unknown method {name}; known: {known}", name=name, known=known)
-        # A model with one field of that name, so that pydantic reports its errors under method.NAME.
-        fields: dict[str, Any] = {name: (algorithms.get(name).Options, ...)}
-        one = create_model("Method", **fields)
-        checked = one.model_validate({name: {} if given is None else given}, strict=True)
-        return {"name": name, "options": getattr(checked, name)}
-
-    @model_serializer
-    def _as_given(self) -> dict[str, Any]:
-        return {self.name: self.options.model_dump(mode="json")}
-
-    @classmethod
-    def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        from quantkit import algorithms
-
-        methods = {name: handler(algorithms.get(name).Options.__pydantic_core_schema__) for name in algorithms.names()}
-        one = {"type": "object", "properties": methods, "additionalProperties": False}
-        return {
-            "title": "Method",
-            "description": "Which code each weight gets.",
-            "anyOf": [{"type": "string", "enum": [*methods]}, {**one, "minProperties": 1, "maxProperties": 1}],
-        }
-
-
-class Calibration(Part):
-    """The texts whose activations a method observes. Methods that observe nothing do not read them."""
-
-    data: str = Field(
-        default="builtin:pydocs", min_length=1, description="builtin:NAME, or a .jsonl, .json, .txt file."
-    )
-    samples: int = Field(default=128, ge=1, le=10**6, description="Rows of tokens.")
-    length: int = Field(default=2048, ge=2, le=2**20, description="Tokens a row.")
-    packing: Literal["concat", "document"] = Field(
-        default="concat", description="concat: documents one after another, cut into rows; document: one a row, padded."
-    )
-    batch_size: int = Field(default=8, ge=1, le=2**16, description="Rows that go through a block at once.")
-    input_scale: Literal["absmax", "percentile", "mse"] = Field(
-        default="absmax",
-        description="Static scales of inputs: from the largest |x|, the 99.99th percentile, or of least squared error; "
-        "NVFP4's global scale is always from the largest.",
-    )
-
-
-class Perplexity(Part):
+class Perplexity(TextSource):
     """The held-out texts on which the output is compared with the original."""
 
-    data: str = Field(default="builtin:pydocs-heldout", min_length=1, description="As in calibration; other texts.")
+    data: str = Field(
+        default="builtin:pydocs-heldout",
+        min_length=1,
+        description="As in calibration; other texts. Of a larger source, the first 16 million characters.",
+    )
     windows: int = Field(default=40, ge=1, le=10**6, description="Windows of tokens to compare on.")
     length: int = Field(default=512, ge=2, le=2**20, description="Tokens a window.")
 
@@ -242,14 +180,25 @@ class Recipe(Part):
 
     model: str = Field(min_length=1, description="A Hub id, a Hub id@revision, a folder, or builtin:NAME.")
     trust_remote_code: bool = Field(default=False, description="Run Python code that comes with the model.")
-    scheme: SchemeSpec
+    scheme: RecipeScheme
     rules: tuple[Rule, ...] = Field(default=(), strict=False, description="Exceptions to scheme; first match wins.")
     kv_cache: Annotated[KvCacheSpec | None, BeforeValidator(_no_cache)] = Field(
         default=None,
         description="Keys and values as engines keep them: none leaves them in the model's dtype.",
         json_schema_extra=_cache_in_schema,
     )
+    transforms: tuple[Transform, ...] = Field(
+        default=(),
+        strict=False,
+        description="Rewrites of the weights before they are rounded, in this order; they keep the model's function.",
+    )
     method: Method = Field(default_factory=lambda: Method.model_validate("gptq"))
+    effort: Effort | None = Field(
+        default=None,
+        exclude=True,
+        description="In place of method: fast reads no data, default is gptq, best is gptq with all that lowers its "
+        "error at several times the cost.",
+    )
     calibration: Calibration = Calibration()
     validation: Annotated[Validation | None, BeforeValidator(_none_is_off)] = Field(
         default=Validation(), alias="validate", json_schema_extra=_off_in_schema
@@ -258,8 +207,18 @@ class Recipe(Part):
 
     @model_validator(mode="after")
     def _quantizes_something(self) -> Recipe:
-        if all(spec.resolve() is None for spec in (self.scheme, *(rule.scheme for rule in self.rules))):
+        if not any(spec.schemes() for spec in (self.scheme, *(rule.scheme for rule in self.rules))):
             raise problem("nothing would be quantized: scheme and every rule are none")
+        return self
+
+    @model_validator(mode="after")
+    def _one_method(self) -> Recipe:
+        if self.effort is not None and "method" in self.model_fields_set:
+            raise problem("give either method or effort: effort {effort} stands for a method", effort=self.effort)
+        names = [t.name for t in self.transforms]
+        twice = [name for name in names if names.count(name) > 1]
+        if twice:
+            raise problem("transform {name} is given twice", name=twice[0])
         return self
 
     @field_serializer("validation")
@@ -336,7 +295,13 @@ class Recipe(Part):
         if model is not None:
             tree["model"], sets[("model",)] = str(model), f"--model {model}"
         try:
-            return cls.model_validate(tree)
+            recipe = cls.model_validate(tree)
+            if recipe.effort is None:
+                return recipe
+            specs = (recipe.scheme, *(rule.scheme for rule in recipe.rules))
+            schemes = [scheme for spec in specs for scheme in spec.schemes()]
+            method = method_of(recipe.effort, schemes, recipe.export.engines)
+            return recipe.model_copy(update={"method": method, "effort": None})
         except ValidationError as error:
             raise explain(error, json_schema(), where, lines, sets) from None
 

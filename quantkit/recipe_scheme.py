@@ -22,6 +22,7 @@ from quantkit.recipe_errors import hint, problem, shown
 from quantkit.recipe_overrides import NONE
 from quantkit.types import Scheme, TensorScheme
 
+AUTO_FORM = "{auto: {bits: 4.25, candidates: [W3A16, W4A16, W8A16]}}"
 FP8_CACHE = "fp8"  # short for KvCacheSpec's defaults
 
 
@@ -171,6 +172,11 @@ class SchemeSpec(Part):
     @model_validator(mode="before")
     @classmethod
     def _spread(cls, value: Any) -> Any:
+        if value == "auto" or (isinstance(value, Mapping) and "auto" in value):
+            if "auto" not in cls.model_fields:
+                raise problem("auto is for the recipe's own scheme alone; name one scheme here")
+            if value == "auto":
+                raise problem("auto needs a budget and candidates: {form}", form=AUTO_FORM)
         if isinstance(value, str):
             value = {"preset": value}
         if not isinstance(value, Mapping | SchemeSpec):
@@ -193,6 +199,10 @@ class SchemeSpec(Part):
 
     @model_validator(mode="after")
     def _one_form(self) -> SchemeSpec:
+        self._check_form()
+        return self
+
+    def _check_form(self) -> None:
         if (self.preset is None) == (self.weights is None):
             raise problem("give either preset or weights")
         if self.activations is not None and self.weights is None:
@@ -204,10 +214,12 @@ class SchemeSpec(Part):
             if scheme is None or presets.group_size(scheme) is None:
                 why = "no groups" if scheme is None or scheme.weights.strategy != "group" else "no other groups"
                 raise problem("{preset} has {why}; leave group_size out", preset=self.preset, why=why)
-        return self
 
     @model_serializer
     def _shortest(self) -> Any:
+        return self._written()
+
+    def _written(self) -> Any:
         if self.preset == NONE:
             return NONE
         if self.weights is not None:
@@ -229,6 +241,16 @@ class SchemeSpec(Part):
         scheme = PRESETS[self.preset]
         return scheme if self.group_size is None else presets.with_group_size(scheme, self.group_size)
 
+    def schemes(self) -> list[Scheme]:
+        """The schemes that a layer may get by this: one, or for `none` no scheme at all."""
+        scheme = self.resolve()
+        return [] if scheme is None else [scheme]
+
+    @property
+    def name(self) -> str:
+        """The label, but "none" for none: what a report calls a candidate."""
+        return NONE if self.resolve() is None else self.label
+
     @property
     def label(self) -> str:
         """A name for folders: "W4A16", "W4A16-g64" when the group size is not the preset's own, "int4-g64-asym"."""
@@ -241,6 +263,70 @@ class SchemeSpec(Part):
         if self.group_size == presets.group_size(PRESETS[self.preset]):
             return self.preset
         return f"{self.preset}-channel" if self.group_size == "channel" else f"{self.preset}-g{self.group_size}"
+
+
+class AutoScheme(Part):
+    """`{bits: 4.25, candidates: [W3A16, W4A16, W8A16]}`: each layer gets the candidate that the whole model needs most.
+
+    What is measured, and how the choice is made, is in quantkit/allocation.py. Layers that a rule matches, and layers
+    in no block, take no part and do not count in `bits`.
+    """
+
+    bits: float = Field(
+        gt=0, le=32, description="Budget: bits a weight on disk, scales included, over the layers that take part."
+    )
+    candidates: tuple[SchemeSpec, ...] = Field(
+        strict=False,
+        description="Schemes to choose from; none leaves a layer dense.",
+        json_schema_extra={"minItems": 2},
+    )
+    rows: int = Field(default=8, ge=1, le=10**4, description="Rows of calibration text to measure on.")
+    length: int = Field(default=256, ge=2, le=2**20, description="Tokens a row to measure on.")
+
+    @field_validator("candidates")
+    @classmethod
+    def _distinct(cls, value: tuple[SchemeSpec, ...]) -> tuple[SchemeSpec, ...]:
+        schemes = [spec.resolve() for spec in value]
+        if len(schemes) < 2:
+            raise problem("there is nothing to choose from; give two candidates or more, or one scheme without auto")
+        twice = [spec for spec, scheme in zip(value, schemes, strict=True) if schemes.count(scheme) > 1]
+        if twice:
+            raise problem("{name} is among the candidates twice", name=twice[0].name)
+        return value
+
+
+class RecipeScheme(SchemeSpec):
+    """What a recipe's `scheme` may be: one scheme, or `{auto: ...}`, the best mix of several within a budget."""
+
+    auto: AutoScheme | None = Field(
+        default=None, description="In place of a preset: each layer gets one of several candidates, within a budget."
+    )
+
+    def _check_form(self) -> None:
+        if self.auto is None:
+            super()._check_form()
+        elif (self.preset, self.group_size, self.weights, self.activations) != (None, None, None, None):
+            raise problem("auto stands alone; what layers may become are its candidates")
+
+    def _written(self) -> Any:
+        return super()._written() if self.auto is None else {"auto": self.auto.model_dump(mode="json")}
+
+    def resolve(self) -> Scheme | None:
+        """The scheme that this stands for; None for `none`. With `auto` there is none yet: `quantkit.allocation`."""
+        if self.auto is not None:
+            raise ValueError("scheme auto stands for no scheme before quantkit.allocation has chosen")
+        return super().resolve()
+
+    def schemes(self) -> list[Scheme]:
+        """The schemes that a layer may get by this."""
+        if self.auto is None:
+            return super().schemes()
+        return [scheme for spec in self.auto.candidates for scheme in spec.schemes()]
+
+    @property
+    def label(self) -> str:
+        """A name for folders, as of one scheme; "auto4.25" for a budget of 4.25 bits."""
+        return super().label if self.auto is None else f"auto{self.auto.bits:g}"
 
 
 def _short(part: WeightSpec | ActivationSpec) -> str:

@@ -1,13 +1,14 @@
 """A model without its weights: built on the meta device from config.json, filled and emptied part by part.
 
 The names on disk and the names in memory differ for some architectures; transformers' own renaming table maps them,
-and everything that goes back to disk keeps its name from disk.
+and everything that goes back to disk keeps its name from disk. Experts that transformers merges while loading are taken
+apart again (`experts.Experts`): in memory they are the linears that they are on disk.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,11 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 
 from quantkit.checkpoint import DTYPES, Checkpoint
 from quantkit.errors import InputError
+from quantkit.experts import is_fused, take_apart
 from quantkit.types import TensorSpec
+
+# a parameter's name in memory, its tensor from disk, and a function that reads another -> the tensor to use
+Rewrite = Callable[[str, torch.Tensor, Callable[[str], torch.Tensor]], torch.Tensor]
 
 
 @dataclass
@@ -30,12 +35,16 @@ class Skeleton:
     model     the transformers model; parameters on meta unless loaded, buffers (rotary tables) real
     to_disk   parameter name in memory -> tensor name on disk
     unknown   tensors on disk that the model has no place for (extra heads, stored buffers): copied as they are
+    rewrite   what a parameter becomes as it is read, where a transform asks for it
+    shared    parameters that are to have a tensor of their own: name in memory -> the tensor on disk that they start as
     """
 
     model: Any
     checkpoint: Checkpoint
     to_disk: dict[str, str]
     unknown: list[str]
+    rewrite: Rewrite | None = None
+    shared: dict[str, str] = field(default_factory=dict)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -53,9 +62,33 @@ class Skeleton:
     def load(self, names: Iterable[str], device: torch.device | str, dtype: torch.dtype) -> None:
         """Fills parameters from disk, floating-point ones cast to `dtype`. Raises InputError for NaN or Inf."""
         for name in names:
-            tensor = self.checkpoint.read_finite(self.to_disk[name])
-            tensor = tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
-            self.put(name, tensor)
+            tensor = self.read(name, device)
+            self.put(name, tensor.to(dtype) if tensor.is_floating_point() else tensor)
+
+    def read(self, name: str, device: torch.device | str = "cpu") -> torch.Tensor:
+        """One parameter or buffer from disk, as the model is to have it. Raises InputError for NaN or Inf."""
+        tensor = self.original(name, device)
+        return tensor if self.rewrite is None else self.rewrite(name, tensor, self.original)
+
+    def original(self, name: str, device: torch.device | str = "cpu") -> torch.Tensor:
+        """One parameter or buffer as it is on disk. Raises InputError for NaN or Inf."""
+        return self.checkpoint.read_finite(self.source(name), device)
+
+    def source(self, name: str) -> str:
+        """The tensor on disk that a parameter is read from."""
+        return self.shared.get(name, self.to_disk[name])
+
+    def untie(self, name: str, other: str) -> None:
+        """Gives the parameter `name` a tensor of its own in the output, where it shared that of `other`."""
+        self.shared[name] = self.to_disk[other]
+        self.to_disk[name] = name
+
+    def get(self, name: str) -> torch.Tensor:
+        """One parameter or stored buffer as it is now."""
+        owner, _, leaf = name.rpartition(".")
+        module = self.model.get_submodule(owner)
+        found: torch.Tensor = module._parameters[leaf] if leaf in module._parameters else module._buffers[leaf]
+        return found
 
     def put(self, name: str, tensor: torch.Tensor) -> None:
         """Sets one parameter or buffer to `tensor`, without copying."""
@@ -69,14 +102,12 @@ class Skeleton:
     def unload(self, names: Iterable[str]) -> None:
         """Back to meta: frees the memory."""
         for name in names:
-            owner, _, leaf = name.rpartition(".")
-            module = self.model.get_submodule(owner)
-            tensor = module._parameters[leaf] if leaf in module._parameters else module._buffers[leaf]
-            self.put(name, torch.empty_like(tensor, device="meta"))
+            self.put(name, torch.empty_like(self.get(name), device="meta"))
 
     def tie(self) -> None:
         """Lets tied parameters (lm_head and embeddings) share what was loaded."""
-        self.model.tie_weights()
+        if not self.shared:
+            self.model.tie_weights()
 
 
 def build(folder: Path, checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Skeleton:
@@ -85,10 +116,7 @@ def build(folder: Path, checkpoint: Checkpoint, *, trust_remote_code: bool = Fal
     Raises InputError for an architecture that transformers does not know, for code in the repository that was not
     allowed, for tensors that are missing or of another shape, and for what cannot be quantized block by block yet.
     """
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (ValueError, KeyError, OSError, TypeError, ImportError) as e:
-        raise InputError(f"{folder / 'config.json'}: {_config_problem(str(e))}") from None
+    config = _config(folder, trust_remote_code)
     if getattr(config, "quantization_config", None) is not None:
         method = dict(config.quantization_config).get("quant_method", "an unknown method")
         raise InputError(f"{folder}: is already quantized ({method}); start from the original model")
@@ -109,6 +137,13 @@ def empty(config: Any, folder: Path, *, trust_remote_code: bool = False) -> Any:
     model.requires_grad_(False)
     model.tie_weights()
     return model
+
+
+def _config(folder: Path, trust_remote_code: bool) -> Any:
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (ValueError, KeyError, OSError, TypeError, ImportError) as e:
+        raise InputError(f"{folder / 'config.json'}: {_config_problem(str(e))}") from None
 
 
 def _config_problem(message: str) -> str:
@@ -138,21 +173,40 @@ def namer(model: Any) -> Callable[[str], tuple[str, bool]]:
     return in_memory
 
 
+def merges(folder: Path, layers: Iterable[str], *, trust_remote_code: bool = False) -> bool:
+    """Whether transformers merges any of these linears, by their names on disk, with others while loading.
+
+    Raises InputError for an architecture that transformers does not know.
+    """
+    config = _config(folder, trust_remote_code)
+    for part in {id(c): c for c in (config, config.get_text_config())}.values():
+        if getattr(part, "quantization_config", None) is not None:
+            del part.quantization_config
+    in_memory = namer(empty(config, folder, trust_remote_code=trust_remote_code))
+    return any(in_memory(f"{name}.weight")[1] for name in layers)
+
+
 def _map(model: Any, checkpoint: Checkpoint) -> Skeleton:
     in_memory = namer(model)
+    experts = take_apart(model, checkpoint.specs)
     wanted = model.state_dict()
     to_disk: dict[str, str] = {}
     unknown: list[str] = []
     for key in checkpoint.specs:
-        name, merged = in_memory(key)
-        if merged and name in wanted:
-            raise InputError(
-                f"tensor {key!r} is merged with others into {name!r} by transformers (fused experts); "
-                "mixtures of experts are not supported by this version"
-            )
+        name, merged = (experts[key], False) if key in experts else in_memory(key)
         if name not in wanted:
             unknown.append(key)
             continue
+        if merged:
+            raise InputError(
+                f"tensor {key!r} is merged with others into {name!r} by transformers, and only experts are taken "
+                "apart; this architecture is not supported by this version"
+            )
+        if is_fused(model.get_submodule(name.rpartition(".")[0])):
+            raise InputError(
+                f"{checkpoint.where[key]}: tensor {key!r} holds all experts of a layer; only checkpoints with one "
+                "tensor an expert and projection (experts.0.gate_proj.weight) are supported by this version"
+            )
         have, want = checkpoint.specs[key].shape, tuple(wanted[name].shape)
         if have != want:
             raise InputError(
@@ -172,4 +226,4 @@ def _map(model: Any, checkpoint: Checkpoint) -> Skeleton:
 
 def spec_of(skeleton: Skeleton, name: str) -> TensorSpec:
     """Shape and dtype on disk of a parameter, by its name in memory."""
-    return skeleton.checkpoint.specs[skeleton.to_disk[name]]
+    return skeleton.checkpoint.specs[skeleton.source(name)]

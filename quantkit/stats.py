@@ -9,6 +9,7 @@ from quantkit.types import Stats
 
 KNOWN = frozenset({"gram", "energy", "absmax", "absmean", "magnitudes", "sample", "drift"})
 SAMPLE = 4096  # tokens kept as they are
+BLOCK = 2048  # columns of a Gram matrix that are summed at once; the products below its diagonal are not computed twice
 
 
 class Observer:
@@ -25,6 +26,7 @@ class Observer:
         def zeros(*shape: int) -> torch.Tensor:
             return torch.zeros(shape, dtype=torch.float32, device=device)
 
+        self.needs = needs
         self.tokens = 0
         self.stride = stride
         self._gram = zeros(k, k) if "gram" in needs else None
@@ -49,7 +51,7 @@ class Observer:
             kept = x[-before % self.stride :: self.stride]
             self._sample.append(kept[: SAMPLE - sum(len(s) for s in self._sample)].clone())
         if self._gram is not None:
-            _add_product(self._gram, x, x)
+            _add_gram(self._gram, x)
         if self._drift is not None:
             if dense is None:
                 raise ValueError("drift needs what the dense model has in the place of x")
@@ -72,7 +74,7 @@ class Observer:
 
         return Stats(
             self.tokens,
-            gram_KK=mean(self._gram),
+            gram_KK=mean(None if self._gram is None else _whole(self._gram)),
             absmax_K=self._absmax,
             magnitudes=None if self._magnitudes is None else self._magnitudes.counts,
             energy_K=mean(self._energy),
@@ -88,9 +90,25 @@ def _kept(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     return x if mask is None or bool(mask.all()) else x[mask.reshape(-1)]
 
 
+def _add_gram(total: torch.Tensor, x: torch.Tensor) -> None:
+    """total += xᵀ x, of which only the upper triangle of blocks is certain to be right; `_whole` fills in the rest."""
+    if not x.is_cuda or x.dtype != torch.bfloat16:
+        total.addmm_(x.T.float(), x.float())
+        return
+    for start in range(0, x.shape[1], BLOCK):
+        _add_product(total[start : start + BLOCK, start:], x[:, start : start + BLOCK], x[:, start:])
+
+
+def _whole(gram: torch.Tensor) -> torch.Tensor:
+    """The lower triangle of blocks from the upper one."""
+    for start in range(BLOCK, gram.shape[0], BLOCK):
+        gram[start : start + BLOCK, :start] = gram[:start, start : start + BLOCK].T
+    return gram
+
+
 def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
     """total += aᵀ b, products exact and sums in float32: bfloat16 inputs need no float32 copies on a GPU."""
-    if a.dtype == b.dtype == torch.bfloat16 and a.is_cuda:
+    if a.is_cuda and a.dtype == b.dtype == torch.bfloat16:
         torch.addmm(total, a.T, b, out_dtype=torch.float32, out=total)
     else:
         total.addmm_(a.T.float(), b.float())

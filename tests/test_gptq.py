@@ -180,3 +180,73 @@ def test_missing_or_broken_statistics_are_refused():
         gptq.quantize(w, scheme, None, **kwargs)
     with pytest.raises(InputError, match="NaN or Inf"):
         gptq.quantize(w, scheme, Stats(1, torch.full((8, 8), float("nan"))), **kwargs)
+
+
+def test_signed_scales_lower_the_error_and_keep_the_grid():
+    w, stats = layer(32, 64, 512)
+    scheme = TensorScheme("int3", "group", 32)
+    run = {"scale_dtype": torch.bfloat16, "notes": Notes()}
+    plain = gptq.quantize(w, scheme, stats, options=gptq.Options(), **run)
+    signed = gptq.quantize(w, scheme, stats, options=gptq.Options(signed_scales=True), **run)
+    share = float((signed.qparams.scale_NG < 0).float().mean())
+    assert 0.2 < share < 0.8
+    assert output_error(w, signed, stats) < 0.95 * output_error(w, plain, stats)
+    with pytest.raises(InputError, match="scale_search is mse or diagh, not absmax"):
+        gptq.quantize(w, scheme, stats, options=gptq.Options(signed_scales=True, scale_search="absmax"), **run)
+
+
+def test_the_shift_is_the_least_squares_solution():
+    """argmin over V of |W x' - V x|² by lstsq on the tokens themselves, float64, with next to no dampening."""
+    g = torch.Generator().manual_seed(3)
+    n, k, tokens = 6, 16, 400
+    dense = torch.randn(tokens, k, generator=g) @ torch.randn(k, k, generator=g)
+    x = dense + 0.3 * torch.randn(tokens, k, generator=g)
+    w = torch.randn(n, k, generator=g)
+    stats = Stats(tokens, gram_KK=x.T @ x / tokens, drift_KK=(dense - x).T @ x / tokens)
+    best = torch.linalg.lstsq(x.double(), dense.double() @ w.double().T).solution.T
+    for order in (None, torch.randperm(k, generator=g)):
+        hessian = stats.gram_KK if order is None else stats.gram_KK[order][:, order]
+        upper, _ = gptq._factor(hessian, 1e-9, Notes())
+        shifted = gptq._shifted(w, stats, upper, order, 1.0)
+        assert (shifted.double() - best).norm() / best.norm() < 1e-4
+        half = gptq._shifted(w, stats, upper, order, 0.5)
+        assert torch.allclose(half, (w + shifted) / 2, atol=1e-5)
+
+
+def test_a_shift_makes_up_for_what_came_before():
+    g = torch.Generator().manual_seed(4)
+    w, _ = layer(32, 64, 10)
+    dense = torch.randn(1024, 64, generator=g) @ torch.randn(64, 64, generator=g)
+    x = dense + 0.5 * torch.randn(1024, 64, generator=g) @ torch.randn(64, 64, generator=g)
+    stats = Stats(1024, gram_KK=x.T @ x / 1024, drift_KK=(dense - x).T @ x / 1024)
+    scheme = TensorScheme("int4", "group", 32)
+
+    def missed(share: float) -> float:
+        options = gptq.Options(pre_shift=share)
+        q = gptq.quantize(w, scheme, stats, options=options, scale_dtype=torch.bfloat16, notes=Notes())
+        return float((dense @ w.T - x @ numerics.dequantize(q).T).square().sum())
+
+    assert missed(1.0) < missed(0.5) < missed(0.0)
+    assert gptq.needs(gptq.Options(pre_shift=0.5)) == {"gram", "drift"}
+    with pytest.raises(InputError, match="pre_shift needs what the dense model has"):
+        gptq.quantize(
+            w,
+            scheme,
+            Stats(9, gram_KK=stats.gram_KK),
+            options=gptq.Options(pre_shift=0.5),
+            scale_dtype=torch.float32,
+            notes=Notes(),
+        )
+
+
+def test_rounding_can_weigh_scales_by_the_inputs():
+    w, stats = layer(32, 64, 512)
+    scheme = TensorScheme("int3", "group", 32)
+    run = {"scale_dtype": torch.bfloat16, "notes": Notes()}
+    energy = Stats(512, energy_K=gram(stats).diagonal().clone())
+    plain = rtn.quantize(w, scheme, None, options=rtn.Options(), **run)
+    weighted = rtn.quantize(w, scheme, energy, options=rtn.Options(scale_search="diagh"), **run)
+    assert output_error(w, weighted, stats) < output_error(w, plain, stats)
+    assert rtn.needs(rtn.Options(scale_search="diagh")) == {"energy"} and not rtn.needs(rtn.Options())
+    with pytest.raises(InputError, match="the mean square of this layer's inputs"):
+        rtn.quantize(w, scheme, None, options=rtn.Options(scale_search="diagh"), **run)

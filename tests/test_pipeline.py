@@ -96,9 +96,9 @@ def test_the_next_block_sees_the_decoded_weights(tmp_path):
     seen = {}
     solve = pipeline._solve
 
-    def spy(run, layers, stats):
-        seen[layers[0].name] = stats
-        solve(run, layers, stats)
+    def spy(run, block, batches, observed):
+        seen.update(observed.stats)
+        return solve(run, block, batches, observed)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline, "_solve", spy)

@@ -33,6 +33,39 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma2": ("Gemma2Config", {"sliding_window": 8}),
     "gemma3": ("Gemma3TextConfig", {"sliding_window": 8}),
 }
+# Mixtures of experts; the first block of deepseek is dense, and each of its others has a shared expert.
+MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen3-moe": ("Qwen3MoeConfig", {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 32}),
+    "qwen2-moe": (
+        "Qwen2MoeConfig",
+        {
+            "num_experts": 6,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+            "shared_expert_intermediate_size": 48,
+        },
+    ),
+    "mixtral": ("MixtralConfig", {"num_local_experts": 6, "num_experts_per_tok": 2, "intermediate_size": 32}),
+    "deepseek": (
+        "DeepseekV3Config",
+        {
+            "n_routed_experts": 8,
+            "num_experts_per_tok": 2,
+            "n_group": 2,
+            "topk_group": 1,
+            "moe_intermediate_size": 32,
+            "n_shared_experts": 1,
+            "first_k_dense_replace": 1,
+            "num_key_value_heads": 4,
+            "q_lora_rank": 32,
+            "kv_lora_rank": 32,
+            "qk_nope_head_dim": 16,
+            "qk_rope_head_dim": 16,
+            "v_head_dim": 16,
+            "head_dim": 16,
+        },
+    ),
+}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
@@ -40,7 +73,7 @@ def save(folder: Path, kind: str = "llama", *, seed: int = 0, shard: str = "5GB"
     """Writes a random bfloat16 model of an architecture, with the embedded model's tokenizer."""
     import transformers
 
-    name, own = ARCHITECTURES[kind]
+    name, own = {**ARCHITECTURES, **MIXTURES}[kind]
     config = getattr(transformers, name)(**{**BASE, **own, **changes})
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     generator = torch.Generator().manual_seed(seed)
@@ -48,6 +81,10 @@ def save(folder: Path, kind: str = "llama", *, seed: int = 0, shard: str = "5GB"
         for parameter in model.parameters():
             noise = torch.randn(parameter.shape, generator=generator) * 0.08
             parameter.copy_(noise if parameter.ndim > 1 else 1 + noise)
+        stored = model.state_dict().keys()
+        for name, buffer in model.named_buffers():
+            if name in stored:  # what a router adds to the scores of experts
+                buffer.copy_(torch.randn(buffer.shape, generator=generator) * 0.08)
     model.save_pretrained(folder, max_shard_size=shard)
     for file in TOKENIZER_FILES:
         content = (resolve("builtin:pydocs-llama-7m").folder / file).read_bytes()

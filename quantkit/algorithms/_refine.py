@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 
 from quantkit import numerics
+from quantkit.algorithms import _kernels
 from quantkit.types import QParams, QuantizedTensor
 
 
@@ -26,6 +27,10 @@ def refine(
     Scales change only where they are plain floats, one for a row or a group of columns; codes always may.
     """
     qparams, codes = q.qparams, q.codes_NK.clone()
+    if _kernels.available(w_NK.device):
+        copy = QuantizedTensor(codes, qparams, q.scheme)
+        qparams = _kernels.refine(w_NK, copy, hessian, sweeps=sweeps, refit=_refits(q))
+        return QuantizedTensor(codes, qparams, q.scheme)
     for _ in range(sweeps):
         if _refits(q):
             qparams = _scales(w_NK, QuantizedTensor(codes, qparams, q.scheme), hessian)

@@ -27,7 +27,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from quantkit import numerics
-from quantkit.algorithms import _weights
+from quantkit.algorithms import _kernels, _weights
 from quantkit.algorithms._refine import refine
 from quantkit.errors import InputError
 from quantkit.types import Notes, QParams, QuantizedTensor, Stats, TensorScheme
@@ -112,7 +112,7 @@ def _scales(
 ) -> QParams:
     """The scales that the columns' loop will use."""
     weighted = options.scale_search == "diagh"
-    search = "mse" if weighted else options.scale_search
+    search: str = "mse" if weighted else options.scale_search
     if options.signed_scales and scheme.symmetric and scheme.number.startswith("int"):
         if search != "mse":
             raise InputError(f"signed_scales are searched: scale_search is mse or diagh, not {search}")
@@ -188,6 +188,8 @@ def _columns(
     block_size: int,
 ) -> torch.Tensor:
     """The loop over columns -> codes (N, K), columns as in `w`."""
+    if _kernels.available(w.device):
+        return _kernels.columns(w, qparams, scheme, factor, order)
     number = numerics.get(scheme.number)
     fine = numerics.expand(qparams, scheme, w.shape)
     if order is not None:

@@ -20,8 +20,9 @@ from quantkit.lint.engines import get, names
 
 if TYPE_CHECKING:
     from quantkit.lint.described import Described
+    from quantkit.types import Scheme
 
-__all__ = ["ERROR", "WARNING", "Finding", "check", "folder", "get", "names", "section"]
+__all__ = ["ERROR", "WARNING", "Finding", "check", "folder", "get", "names", "section", "unsigned"]
 
 ERROR, WARNING = "error", "warning"
 
@@ -55,6 +56,12 @@ def check(described: Described, engines: Sequence[str]) -> list[Finding]:
         for problem in rule(described)
     ]
     return sorted(found, key=lambda f: (engines.index(f.engine), f.level != ERROR))
+
+
+def unsigned(schemes: Sequence[Scheme], engines: Sequence[str]) -> list[str]:
+    """Engines of which it is not known that they read negative scales of integer weights under all of the schemes."""
+    inputs = any(s.activations is not None and s.weights.number.startswith("int") for s in schemes)
+    return [name for name in engines if inputs or not get(name).SIGNED_SCALES]
 
 
 def section(path: Path, found: Sequence[Finding], engines: Sequence[str]) -> dict[str, Any]:

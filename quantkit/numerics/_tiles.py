@@ -41,10 +41,22 @@ def pick_scales(w_NK: torch.Tensor, scheme: TensorScheme, importance_K: torch.Te
         weight = None if importance is None else importance.repeat(tiles.shape[0] // across, 1)
         parts.append(pick(tiles, weight))
     scale = torch.cat([p.scale_NG for p in parts]).reshape(down, across)
-    if scale.is_floating_point() and not bool(torch.isfinite(scale.float()).all()):
-        raise InputError(f"{scheme.number}: a scale overflows {scale.dtype}; store the scales in bfloat16 or float32")
+    _check_scale(scale, scheme)
     zeros = [p.zero_NG for p in parts if p.zero_NG is not None]
     return QParams(scale, torch.cat(zeros).reshape(down, across) if zeros else None)
+
+
+def check_finite(w_NK: torch.Tensor, qparams: QParams, scheme: TensorScheme) -> QParams:
+    """The scales as they are. Raises InputError when the weight holds NaN or Inf, or a scale overflows its dtype."""
+    if not bool(torch.isfinite(w_NK).all()):
+        raise InputError(_not_finite(w_NK))
+    _check_scale(qparams.scale_NG, scheme)
+    return qparams
+
+
+def _check_scale(scale: torch.Tensor, scheme: TensorScheme) -> None:
+    if scale.is_floating_point() and not bool(torch.isfinite(scale.float()).all()):
+        raise InputError(f"{scheme.number}: a scale overflows {scale.dtype}; store the scales in bfloat16 or float32")
 
 
 def tile_shape(scheme: TensorScheme, n: int, k: int) -> tuple[int, int]:

@@ -21,8 +21,10 @@ import torch
 
 from quantkit import numerics
 from quantkit.errors import InputError
-from quantkit.numerics._tiles import divide, pick_scales, squared_error
+from quantkit.numerics._tiles import check_finite, divide, pick_scales, squared_error
 from quantkit.types import QParams, TensorScheme
+from quantkit_kernels import scales
+from quantkit_kernels.gptq import available
 
 NUMBERS = ("int2", "int3", "int4", "int5", "int6", "int7", "int8")
 SEARCHES = ("absmax", "mse", "signed")
@@ -62,6 +64,19 @@ def qparams(
     numerics.check_search(scheme.number, search)
     if scheme.strategy not in ("tensor", "channel", "group"):
         raise InputError(f"{scheme.number} has no scale per {scheme.strategy}; use tensor, channel or group")
+
+    span = w_NK.shape[1] // numerics.groups(scheme, w_NK.shape[1])
+    if search != "absmax" and scheme.strategy != "tensor" and span <= scales.WIDEST and available(w_NK.device):
+        scale, zero = scales.search_scales_int(
+            w_NK.contiguous(),
+            None if importance_K is None else importance_K.float(),
+            group_size=span,
+            bits=bits(scheme),
+            symmetric=scheme.symmetric,
+            scale_dtype=scale_dtype,
+            signed=search == "signed" and scheme.symmetric,
+        )
+        return check_finite(w_NK, QParams(scale, zero), scheme)
 
     def pick(w: torch.Tensor, importance: torch.Tensor | None) -> QParams:
         return _qparams_rows(w, scheme, scale_dtype, search, importance)

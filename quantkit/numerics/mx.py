@@ -31,9 +31,11 @@ from quantkit import numerics
 from quantkit.errors import InputError
 from quantkit.numerics import _minifloat
 from quantkit.numerics._minifloat import E2M1, E2M3, E3M2, E4M3, E5M2, Minifloat
-from quantkit.numerics._tiles import least_error, pick_scales, squared_error
+from quantkit.numerics._tiles import check_finite, least_error, pick_scales, squared_error
 from quantkit.numerics.fp8 import cast
 from quantkit.types import QParams, TensorScheme
+from quantkit_kernels import scales
+from quantkit_kernels.gptq import available
 
 SEARCHES = ("absmax", "mse", "ocp", "even", "rceil")
 GROUP = 32
@@ -83,6 +85,10 @@ def qparams(
             f"{scheme.number} has a scale for {GROUP} columns and no zero points: strategy group, size {GROUP}"
         )
     element = ELEMENTS[scheme.number]
+    if search == "mse" and available(w_NK.device) and w_NK.shape[1] % GROUP == 0:
+        importance = None if importance_K is None else importance_K.float()
+        found = QParams(scales.search_scales_mx(w_NK.contiguous(), importance, scheme.number))
+        return check_finite(w_NK, found, scheme)
 
     def pick(w: torch.Tensor, importance: torch.Tensor | None) -> QParams:
         amax = w.abs().amax(1, keepdim=True)

@@ -22,9 +22,11 @@ from quantkit import numerics
 from quantkit.errors import InputError
 from quantkit.numerics import _minifloat
 from quantkit.numerics._minifloat import E2M1, E4M3
-from quantkit.numerics._tiles import divide, least_error, pick_scales, squared_error
+from quantkit.numerics._tiles import check_finite, divide, least_error, pick_scales, squared_error
 from quantkit.numerics.fp8 import cast
 from quantkit.types import QParams, TensorScheme
+from quantkit_kernels import scales
+from quantkit_kernels.gptq import available
 
 NUMBERS = ("nvfp4",)
 SEARCHES = ("absmax", "mse", "four_six")
@@ -70,6 +72,11 @@ def local_qparams(
         raise InputError(
             f"{scheme.number} has a scale for {GROUP} columns and no zero points: strategy group, size {GROUP}"
         )
+
+    if search == "mse" and available(w_NK.device) and w_NK.shape[1] % GROUP == 0:
+        importance = None if importance_K is None else importance_K.float()
+        found = scales.search_scales_nvfp4(w_NK.contiguous(), importance, global_scale)
+        return check_finite(w_NK, QParams(found, None, global_scale), scheme)
 
     def pick(w: torch.Tensor, importance: torch.Tensor | None) -> QParams:
         amax = w.abs().amax(1, keepdim=True)

@@ -22,7 +22,8 @@ from transformers.utils import quantization_config as stock
 from transformers.utils.import_utils import is_compressed_tensors_available
 
 from quantkit.errors import InputError, MissingError
-from quantkit.formats.compressed_tensors import ReadConfig, not_packed, read_config
+from quantkit.experts import is_fused
+from quantkit.formats.compressed_tensors import ReadConfig, not_packed, read_config, words
 from quantkit.runtime import cache
 from quantkit.runtime.linear import PackedLinear
 from quantkit.types import Scheme
@@ -123,11 +124,13 @@ class PackedQuantizer(CompressedTensorsHfQuantizer):
                     model.set_submodule(name, _packed_like(name, model.get_submodule(name), scheme))
                 return
             self._fall_back(reason)
+        check_experts(model, self.read, kwargs.get("checkpoint_files"))
         super()._process_model_before_weight_loading(model, **kwargs)
         _follow_dtype(model)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> Any:
         if not self.packed:
+            _experts_follow_dtype(model)
             return super()._process_model_after_weight_loading(model, **kwargs)
         for name, module in model.named_modules():
             if isinstance(module, PackedLinear):
@@ -188,6 +191,47 @@ def _follow_dtype(model: nn.Module) -> None:
                 linear.weight.data = linear.weight.data.to(dtype)
 
     handle = model.register_forward_pre_hook(cast)
+
+
+def _experts_follow_dtype(model: nn.Module) -> None:
+    """Gives experts the model's dtype, and what else is too narrow for it, such as a router.
+
+    The library decodes experts to the dtype of their scales, and transformers 5.17 leaves routers in theirs; in a
+    float32 model neither can be multiplied.
+    """
+    dtype: torch.dtype = model.dtype  # type: ignore[assignment]
+    for module in model.modules():
+        for parameter in module._parameters.values() if not hasattr(module, "quantization_scheme") else ():
+            if parameter is None or not parameter.is_floating_point() or parameter.dtype.itemsize == 1:
+                continue
+            if parameter.dtype.itemsize < dtype.itemsize or (is_fused(module) and parameter.dtype != dtype):
+                parameter.data = parameter.data.to(dtype)
+
+
+def check_experts(model: nn.Module, config: ReadConfig, checkpoint_files: Sequence[str] | None) -> None:
+    """Refuses packed experts that transformers' own loader, which decodes and merges them, gets wrong or fails on.
+
+    It was tried with every preset: right are symmetric integers that are packed, and FP8 a channel or a tensor. NVFP4
+    loads without a word, and wrong. Raises InputError that names the first such expert.
+    """
+    if config.unsupported is not None or not checkpoint_files:
+        return
+    inputs: str | None = None
+    for _, disk, _, merged in _keys_in_memory(model, checkpoint_files):
+        group = config.group_for(disk.removesuffix(".weight")) if merged and disk.endswith(".weight") else None
+        if group is None:
+            continue
+        w, a = group.scheme.weights, group.scheme.activations
+        ints = group.format == "pack-quantized" and w.symmetric
+        if not ints and not (group.format == "float-quantized" and w.strategy in ("channel", "tensor")):
+            raise InputError(
+                f"{disk.removesuffix('.weight')}: experts of {words(group.scheme)} ({group.format}) are decoded wrong "
+                "by transformers' own loader, or not at all, and quantkit does not run packed experts yet; "
+                "quantkit convert FOLDER --to dense, and load that"
+            )
+        inputs = inputs or (a.number if a is not None else None)
+    if inputs is not None:
+        logger.warning("quantkit: transformers runs experts dense, so their inputs are not quantized to %s", inputs)
 
 
 def _packed_like(name: str, linear: nn.Module, scheme: Scheme) -> PackedLinear:

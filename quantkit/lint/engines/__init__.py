@@ -11,9 +11,14 @@ if TYPE_CHECKING:
 
 
 class Engine(Protocol):
-    """A file of this folder. RULES: what it refuses, or suffers from."""
+    """A file of this folder.
+
+    RULES          what it refuses, or suffers from
+    SIGNED_SCALES  whether it is known to multiply integer weights by negative scales as they are, inputs not quantized
+    """
 
     RULES: tuple[Rule, ...]
+    SIGNED_SCALES: bool
 
 
 def names() -> list[str]:

@@ -38,6 +38,9 @@ def held(d: Described, x: Layer) -> Verdict | None:
     return None
 
 
+# Nothing is known of it.
+SIGNED_SCALES = False
+
 RULES: tuple[Rule, ...] = (
     layers.support(held),
     layers.fused_schemes,

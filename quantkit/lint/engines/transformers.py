@@ -26,13 +26,16 @@ def held(d: Described, x: Layer) -> Verdict | None:
             return error("experts of NVFP4 load without a word, and wrong", "use W4A16 or FP8_DYNAMIC for experts")
         integer = w.number == "int8" and a is not None
         if asymmetric or integer or w.strategy == "block" or w.number == "mxfp8_e4m3":
-            return error(f"experts of {layers.words(x)} raise", "use symmetric W4A16, FP8_DYNAMIC or MXFP4 for experts")
+            return error(f"experts of {layers.words(x)} raise", "use symmetric W4A16 or FP8_DYNAMIC for experts")
     if asymmetric:
         return warning(
             "packed asymmetric integers do not load by default", "import quantkit before, or load with dequantize=True"
         )
     return None
 
+
+# compressed-tensors decompresses by a product, and so do quantkit's own layers.
+SIGNED_SCALES = True
 
 RULES: tuple[Rule, ...] = (
     layers.support(held),

@@ -61,6 +61,9 @@ def _integers(x: Layer) -> Verdict | None:
     )
 
 
+# Marlin multiplies by the scale as it is; its W4A8 path takes scales as unsigned (vllm issue 48905).
+SIGNED_SCALES = True
+
 RULES: tuple[Rule, ...] = (
     layers.support(held),
     tensors.w4afp8_packed,

@@ -1,0 +1,126 @@
+"""The scaling transforms of a recipe on one block: choose, fold, check, and let the statistics follow.
+
+What a scale does to the statistics of the inputs behind it is known exactly, so nothing is observed twice: the mean of
+x xᵀ becomes diag(1/s) H diag(1/s), maxima and means are divided by s.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from quantkit import blocks, skeleton, solve
+from quantkit.checkpoint import DTYPES
+from quantkit.errors import InputError
+from quantkit.links import Link
+from quantkit.observation import Observed
+from quantkit.plan import Plan
+from quantkit.progress import Progress
+from quantkit.recipe_named import Transform
+from quantkit.transforms import Consumer
+from quantkit.transforms._fold import fold_all
+from quantkit.types import Notes, Stats
+
+
+def fold(
+    plan: Plan, block: blocks.Block, batch: blocks.Batch, seen: Observed, progress: Progress
+) -> list[dict[str, Any]]:
+    """Applies the recipe's scaling transforms, in their order, to a loaded block. Leaves its parameters in float32.
+
+    batch  the block is checked on its first row
+    seen   statistics of the block's inputs; those behind a fold are replaced by what they became
+    Returns a line a fold for the report: transform, producer, consumers, smallest and largest scale.
+    """
+    ghost = plan.skeleton
+    for name in ghost.parameters(block.name + "."):
+        tensor = ghost.get(name)
+        if tensor.is_floating_point():
+            ghost.put(name, tensor.to(torch.float32, copy=True))
+    module, one = ghost.model.get_submodule(block.name), blocks.first_row(batch, block.index)
+    links = [x for x in plan.links if x.block == block.name]
+    report: list[dict[str, Any]] = []
+    for transform in plan.recipe.transforms:
+        if not hasattr(transform.module, "scales"):
+            continue
+        notes = Notes()
+        wanted = {x: s for x in links if (s := _scales(plan, x, transform, seen, notes)) is not None}
+        done = fold_all(
+            ghost.model,
+            wanted,
+            lambda: blocks.run(module, one, block.index),
+            stored=lambda name: DTYPES[skeleton.spec_of(ghost, name).dtype],
+            notes=notes,
+            hidden=one.hidden.to(one.mask.device),
+        )
+        for link, s in done.items():
+            _follow(seen, link, link.spread(s))
+            report.append(_line(transform.name, link, s))
+        for line in notes.lines:
+            progress.warn(f"{transform.name}: {line}")
+    return report
+
+
+def _scales(plan: Plan, link: Link, transform: Transform, seen: Observed, notes: Notes) -> torch.Tensor | None:
+    """What a transform chooses for a link; None to leave it as it is."""
+    stats = _stats(link, seen)
+    if stats is None or not stats.tokens:
+        return None
+    consumers = []
+    for name in link.consumers:
+        layer = plan.linears.get(name)
+        weight = plan.skeleton.get(f"{name}.weight")
+        dtype = weight.dtype if layer is None or layer.scheme is None else solve.scale_dtype(plan, layer)
+        scheme = None if layer is None else layer.scheme
+        consumers.append(Consumer(name, weight, scheme, dtype, _share(name, seen, stats)))
+    if all(c.scheme is None for c in consumers):
+        return None
+    try:
+        found: torch.Tensor | None = transform.module.scales(
+            consumers, stats, options=transform.options, notes=notes, channels_K=link.channels()
+        )
+    except InputError as e:
+        raise InputError(f"{link.producer} -> {', '.join(link.consumers)}: {e}") from None
+    return found
+
+
+def _stats(link: Link, seen: Observed) -> Stats | None:
+    """The statistics of the link's consumers' input; where experts read it, of all tokens."""
+    owned = [owner for name in link.consumers if (owner := _owner(name, seen)) is not None]
+    own = [seen.stats[name] for name in link.consumers if name in seen.stats]
+    return seen.stats[owned[0]] if owned and link.kind == "norm" else own[0] if own else None
+
+
+def _owner(name: str, seen: Observed) -> str | None:
+    """The module that holds the expert which a linear belongs to."""
+    expert = name.rpartition(".")[0]
+    return expert.rpartition(".")[0] if expert in seen.tokens else None
+
+
+def _share(name: str, seen: Observed, stats: Stats) -> float:
+    """Of all tokens, how many reach a linear."""
+    tokens = seen.tokens.get(name.rpartition(".")[0])
+    return 1.0 if tokens is None else tokens / max(stats.tokens, 1)
+
+
+def _follow(seen: Observed, link: Link, s_K: torch.Tensor) -> None:
+    """The statistics of x become those of x / s, for every linear that reads it."""
+    names = {name for name in link.consumers if name in seen.stats}
+    if link.kind == "norm":
+        names |= {owner for name in link.consumers if (owner := _owner(name, seen)) is not None}
+    became: dict[int, Stats] = {}
+    for name in sorted(names):
+        old = seen.stats[name]
+        if id(old) not in became:
+            became[id(old)] = old.divided(s_K.to(s_K.device))
+        seen.stats[name] = became[id(old)]
+
+
+def _line(transform: str, link: Link, s: torch.Tensor) -> dict[str, Any]:
+    return {
+        "transform": transform,
+        "producer": link.producer,
+        "consumers": list(link.consumers),
+        "least": float(s.min()),
+        "largest": float(s.max()),
+    }

@@ -1,0 +1,155 @@
+"""From the weights of linears that share an input to their codes, and what the report says of each.
+
+Layers of one input, scheme and dtype are solved as one stacked weight: one factorisation, and scales of the whole
+tensor that they share, as engines that fuse them want it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from quantkit import formats, numerics
+from quantkit.checkpoint import DTYPES, bits_per_weight
+from quantkit.errors import InputError
+from quantkit.numerics._activations import Magnitudes
+from quantkit.plan import Linear, Plan, short
+from quantkit.types import Notes, QParams, QuantizedTensor, Stats, TensorScheme
+
+
+@dataclass(frozen=True)
+class Solved:
+    """A layer's weight as codes, the stored scales of its input if it has any, and its line in the report."""
+
+    layer: Linear
+    tensor: QuantizedTensor
+    inputs: QParams | None
+    decoded_NK: torch.Tensor
+    report: dict[str, Any]
+
+
+def by_scheme(group: Sequence[Linear]) -> list[list[Linear]]:
+    """Layers that can be solved together: those with one scheme and one dtype.
+
+    A tile of rows must not reach from one layer into the next; layers whose rows are no multiple of it are alone.
+    """
+    alike: dict[tuple[Any, str], list[Linear]] = {}
+    for layer in group:
+        alike.setdefault((layer.scheme, layer.dtype), []).append(layer)
+    found: list[list[Linear]] = []
+    for layers in alike.values():
+        tile = _tile(layers[0].scheme.weights) if layers[0].scheme else 1
+        straddles = any(x.shape[0] % tile for x in layers[:-1])
+        found += [[x] for x in layers] if straddles else [layers]
+    return found
+
+
+def solve(plan: Plan, layers: Sequence[Linear], weights: Sequence[torch.Tensor], stats: Stats | None) -> list[Solved]:
+    """Rounds weights (N, K) float of layers of one scheme, that read one input, each weight once.
+
+    Raises InputError naming the layers.
+    """
+    recipe, scheme = plan.recipe, layers[0].scheme
+    assert scheme is not None
+    notes = Notes()
+    try:
+        q = recipe.method.module.quantize(
+            torch.cat([w.float() for w in weights]),
+            scheme.weights,
+            stats,
+            options=recipe.method_options,
+            scale_dtype=scale_dtype(plan, layers[0]),
+            notes=notes,
+        )
+    except InputError as e:
+        raise InputError(f"{', '.join(x.name for x in layers)}: {e}") from None
+    parts = split(q, [x.shape[0] for x in layers])
+    return [
+        finish(plan, layer, weight, part, stats, notes)
+        for layer, weight, part in zip(layers, weights, parts, strict=True)
+    ]
+
+
+def finish(
+    plan: Plan, layer: Linear, weight: torch.Tensor, q: QuantizedTensor, stats: Stats | None, notes: Notes
+) -> Solved:
+    """What goes with a layer's codes: its input's scales, the weight that they stand for, the report.
+
+    weight  (N, K) float, what was rounded
+    """
+    assert layer.scheme is not None
+    decoded = numerics.dequantize(q)
+    return Solved(
+        layer, q, input_scales(plan, layer, stats), decoded, _report(plan, layer, weight, decoded, stats, notes)
+    )
+
+
+def scale_dtype(plan: Plan, layer: Linear) -> torch.dtype:
+    """The dtype in which a layer's scales are stored."""
+    return DTYPES[formats.scale_dtype(plan.format, layer.dtype)]
+
+
+def _tile(scheme: TensorScheme) -> int:
+    """Rows of a weight that share their scales."""
+    return scheme.block_shape[0] if scheme.strategy == "block" and scheme.block_shape else 1
+
+
+def input_scales(plan: Plan, layer: Linear, stats: Stats | None) -> QParams | None:
+    """The scales of a layer's input that are stored; None for a scheme without them. Raises InputError.
+
+    A static scale is found by the recipe's rule, by the names of `Magnitudes.scale`; "absmax" is exact.
+    """
+    scheme, rule, dtype = layer.scheme, plan.recipe.calibration.input_scale, scale_dtype(plan, layer)
+    if scheme is None or not scheme.calibrates_input or scheme.activations is None:
+        return None
+    if stats is None or stats.absmax_K is None or not float(stats.absmax_K.max()) > 0:
+        raise InputError(
+            f"{layer.name}: no calibration token gave this layer an input, so its input scale cannot be found; "
+            "use more calibration data, or a scheme with dynamic activations"
+        )
+    number = numerics.get(scheme.activations.number)
+    found: QParams = number.qparams(stats.absmax_K[None], scheme.activations, scale_dtype=dtype)
+    if rule == "absmax" or scheme.activations.dynamic or stats.magnitudes is None:
+        return found
+    scale = Magnitudes(counts=stats.magnitudes).scale(scheme.activations, rule).to(dtype)
+    return QParams(torch.where(scale == 0, torch.finfo(dtype).eps, scale).reshape(1, 1))
+
+
+def split(q: QuantizedTensor, rows: list[int]) -> Iterator[QuantizedTensor]:
+    """Takes a stacked weight apart again, by rows. Scales of a whole tensor go to every part."""
+    whole, tile = q.scheme.strategy == "tensor", _tile(q.scheme)
+    for start, count in zip(torch.tensor([0, *rows]).cumsum(0).tolist(), rows, strict=False):
+
+        def cut(t: torch.Tensor | None, start: int = start, count: int = count) -> torch.Tensor | None:
+            return t if t is None or whole else t[start // tile : -(-(start + count) // tile)].contiguous()
+
+        scale = cut(q.qparams.scale_NG)
+        assert scale is not None
+        qparams = QParams(scale, cut(q.qparams.zero_NG), q.qparams.global_scale)
+        yield QuantizedTensor(q.codes_NK[start : start + count].contiguous(), qparams, q.scheme)
+
+
+def _report(
+    plan: Plan, layer: Linear, weight: torch.Tensor, decoded: torch.Tensor, stats: Stats | None, notes: Notes
+) -> dict[str, Any]:
+    """How far the layer is from what it was: in its output where the inputs' second moments are known."""
+    w, d = weight.float(), weight.float() - decoded
+    gram = None if stats is None else stats.gram_KK
+    if gram is None:
+        kind, error, whole = "weight", float(d.square().sum()), float(w.square().sum())
+    else:
+        kind, error, whole = "output", float(((d @ gram) * d).sum()), float(((w @ gram) * w).sum())
+    bits = bits_per_weight(plan.tensors(layer), layer.shape[0] * layer.shape[1])
+    return {
+        "name": layer.name,
+        "scheme": short(layer.scheme),
+        "shape": list(layer.shape),
+        "bits_per_weight": round(bits, 4),
+        "relative_error": error / whole if whole else 0.0,
+        "error_of": kind,
+        "tokens": stats.tokens if stats else 0,
+        "notes": list(notes.lines),
+    }

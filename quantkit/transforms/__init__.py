@@ -1,0 +1,137 @@
+"""Transforms: rewrites of the weights before they are rounded, which leave the model's function as it is.
+
+One file a transform; the file's name is what a recipe lists under `transforms:`. A scaling transform (awq, smoothquant)
+chooses a number s_j for each channel j of a link: the producer's channel is divided by it, column j of every consumer
+multiplied. This file holds what such transforms share: a consumer, and what its rounding costs.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+
+from quantkit import numerics
+from quantkit.errors import InputError
+from quantkit.types import Scheme, TensorScheme
+
+# Weights judged at once: what fits a GPU well, and what keeps a CPU's memory small.
+ELEMENTS = {"cuda": 1 << 28}
+
+
+def names() -> list[str]:
+    """The transforms there are, found by listing this folder."""
+    return sorted(info.name for info in pkgutil.iter_modules(__path__) if not info.name.startswith("_"))
+
+
+def get(name: str) -> ModuleType:
+    """The module of a transform: Options, needs, and scales for one that scales. Raises InputError with known names."""
+    if name not in names():
+        raise InputError(f"unknown transform {name!r}; known: {', '.join(names())}")
+    return importlib.import_module(f"{__name__}.{name}")
+
+
+@dataclass(frozen=True)
+class Consumer:
+    """A linear that reads the scaled channels.
+
+    weight_NK    its weight, float32
+    scheme       how it will be quantized; None when it stays dense, as routers do: it is compensated, not counted
+    scale_dtype  dtype in which its scales will be stored
+    share        of all tokens, how many reach it: 1, or less for an expert. Its error counts so often
+    """
+
+    name: str
+    weight_NK: torch.Tensor
+    scheme: Scheme | None
+    scale_dtype: torch.dtype
+    share: float = 1.0
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Weights of one scheme on top of each other: what is judged at once. share_N: of each row, as in Consumer."""
+
+    weight_NK: torch.Tensor
+    scheme: Scheme
+    scale_dtype: torch.dtype
+    share_N: torch.Tensor
+
+
+def stacked(consumers: Sequence[Consumer]) -> Iterator[Stack]:
+    """The consumers that are quantized, as many of one scheme together as fit. Those of no share are left out."""
+    alike: dict[tuple[Scheme, torch.dtype], list[Consumer]] = {}
+    for c in consumers:
+        if c.scheme is not None and c.share > 0:
+            alike.setdefault((c.scheme, c.scale_dtype), []).append(c)
+    for (scheme, dtype), members in alike.items():
+        # A tile of rows must not reach from one weight into the next; those are judged alone.
+        alone = scheme.weights.strategy == "block"
+        limit = ELEMENTS.get(members[0].weight_NK.device.type, 1 << 24)
+        batch: list[Consumer] = []
+        for c in members:
+            if batch and (alone or sum(b.weight_NK.numel() for b in [*batch, c]) > limit):
+                yield _stack(batch, scheme, dtype)
+                batch = []
+            batch.append(c)
+        yield _stack(batch, scheme, dtype)
+
+
+def _stack(batch: Sequence[Consumer], scheme: Scheme, dtype: torch.dtype) -> Stack:
+    weights = [c.weight_NK for c in batch]
+    shares = [torch.full((len(c.weight_NK),), c.share, device=c.weight_NK.device) for c in batch]
+    return Stack(weights[0] if len(weights) == 1 else torch.cat(weights), scheme, dtype, torch.cat(shares))
+
+
+def rounding_error(stacks: Sequence[Stack], s_K: torch.Tensor, gram_KK: torch.Tensor, search: str) -> torch.Tensor:
+    """What rounding costs in the outputs, per token, if columns are first multiplied by s: a float64 scalar.
+
+    sum over rows of share * dW H dWᵀ with dW = Q(W s) / s - W: the mean of |dW x|² over the tokens whose mean of x xᵀ
+    is H. The form is AWQ's objective (arXiv 2306.00978) for linear layers, exactly, without the tokens.
+    search  how the number format chooses its scales: "absmax" or "mse"
+    """
+    total = torch.zeros((), dtype=torch.float64, device=gram_KK.device)
+    for stack in stacks:
+        delta = rounded(stack.weight_NK * s_K, stack.scheme.weights, stack.scale_dtype, search)
+        delta = delta.div_(s_K).sub_(stack.weight_NK)
+        total += (output_error(delta, gram_KK) * stack.share_N).sum(dtype=torch.float64)
+    return total
+
+
+def rounded(w_NK: torch.Tensor, scheme: TensorScheme, scale_dtype: torch.dtype, search: str) -> torch.Tensor:
+    """What the codes nearest to a weight stand for: a new float32 tensor (N, K)."""
+    qparams = numerics.get(scheme.number).qparams(w_NK, scheme, scale_dtype=scale_dtype, search=search)
+    return numerics.dequantize(numerics.quantize(w_NK, qparams, scheme))
+
+
+def output_error(delta_NK: torch.Tensor, gram_KK: torch.Tensor) -> torch.Tensor:
+    """The mean of (delta x)² over tokens with the mean H of x xᵀ, for each output: (N,) in the dtype of `delta`.
+
+    On a GPU the product is of bfloat16 with float32 sums, twelve times as fast as float32: rounding to nearest makes
+    differences of random signs, so nothing cancels, and the sum over a layer moves by less than one in a thousand.
+    """
+    if delta_NK.is_cuda and delta_NK.dtype == torch.float32:
+        product = torch.mm(delta_NK.bfloat16(), gram_KK.bfloat16(), out_dtype=torch.float32)
+    else:
+        product = delta_NK @ gram_KK
+    return product.mul_(delta_NK).sum(1)
+
+
+def gathered(x_K: torch.Tensor, channels_K: torch.Tensor | None) -> torch.Tensor:
+    """A figure of each consumer column (K,) -> of each producer channel (P,): the largest of the columns that read it.
+
+    channels_K  the channel that each column reads, as `Link.channels` gives it; None when it is its own
+    """
+    if channels_K is None:
+        return x_K
+    channels = channels_K.to(x_K.device)
+    return x_K.new_zeros(int(channels.max()) + 1).scatter_reduce_(0, channels, x_K, "amax", include_self=False)
+
+
+def spread(s_P: torch.Tensor, channels_K: torch.Tensor | None) -> torch.Tensor:
+    """The scale of each producer channel (P,) -> of each consumer column (K,)."""
+    return s_P if channels_K is None else s_P[channels_K.to(s_P.device)]
