@@ -151,7 +151,7 @@ def _quantkit(job: Job, folder: Path, data: Path, out: Path, setting: Setting) -
         "validate": "none",
         "export": {"engines": ["transformers"]},
     }
-    summary = api.quantize(recipe, out=out, device="cpu").summary
+    summary = api.quantize(recipe, out=out, device=setting.device).summary
     return {
         "versions": api.versions(),
         "tokens": (summary["data"] or {}).get("sha256"),
@@ -173,7 +173,9 @@ def _peer(job: Job, folder: Path, data: Path, out: Path, setting: Setting) -> di
     command = [str(setting.peer_python), str(PEER_SCRIPT), *(f"--{key}={value}" for key, value in options.items())]
     if job.model == MOE:
         command.append("--dense")
-    done = subprocess.run(["env", f"OMP_NUM_THREADS={setting.threads}", *command], capture_output=True, text=True)
+    seen = ["CUDA_VISIBLE_DEVICES="] if setting.device == "cpu" else []
+    environment = ["env", f"OMP_NUM_THREADS={setting.threads}", *seen]
+    done = subprocess.run([*environment, *command], capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"the peer failed with exit code {done.returncode}:\n{done.stderr[-1500:]}")
     return {**json.loads(done.stdout.splitlines()[-1]), "bits": None}
@@ -266,6 +268,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--samples", type=int, default=128, help="calibration rows")
     parser.add_argument("--length", type=int, default=512, help="tokens a row, and a window")
     parser.add_argument("--windows", type=int, default=120)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where both tools quantize")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--threads", type=int, default=1, help="of each run")
     return parser.parse_args()
@@ -282,7 +285,7 @@ def main() -> None:
         raise SystemExit("--log is needed: the file that runs are written to, or read from")
     cases = [case for case in cases if case.ours.model != MOE or args.moe is not None or args.no_run]
     fixed = (args.calibration, args.heldout, args.samples, args.length, args.windows)
-    setting = Setting(*fixed, {}, args.peer_python, args.threads)
+    setting = Setting(*fixed, {}, args.peer_python, args.threads, args.device)
     failed: list[str] = []
     if not args.no_run:
         tools = [tool for tool in args.tools if tool == OURS or args.peer_python]

@@ -49,6 +49,7 @@ class Setting:
     folders: dict[str, Path]
     peer_python: str | None = None
     threads: int = 1
+    device: str = "cpu"
 
     def key(self, job: Job, order: int) -> str:
         """A run's name in the log: what decides its figures, without places on this machine."""

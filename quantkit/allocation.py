@@ -21,10 +21,10 @@ from typing import Any
 
 import torch
 
-from quantkit import calibration, knapsack, pipeline, sensitivity
+from quantkit import calibration, knapsack, losses, pipeline, sensitivity
 from quantkit import plan as planning
 from quantkit.candidates import Outline, outline
-from quantkit.progress import Progress
+from quantkit.progress import Progress, Silent
 from quantkit.recipe import Recipe
 from quantkit.sensitivity import Measured
 
@@ -36,7 +36,7 @@ def allocate(
 ) -> tuple[Recipe, dict[str, Any]]:
     """Chooses a scheme for each layer of a recipe with `scheme: {auto: ...}`.
 
-    device  where blocks are computed: on the CPU in float32, on a GPU in the checkpoint's dtype
+    device  where blocks are computed
     texts   take the place of the recipe's calibration.data
     Returns the recipe with the choice written out, and what quantkit.json says of it. Raises InputError when no choice
     keeps the budget, with the least that can be reached, and for whatever a plan refuses.
@@ -44,10 +44,10 @@ def allocate(
     found = outline(recipe)
     for warning in found.warnings:
         progress.warn(warning)
-    rows = _rows(found, progress, texts)
+    rows = _rows(found, texts)
     measured, quarter = _measure(found, rows, device, progress)
     chosen = choose(found, measured)
-    report = {**_report(found, measured, chosen, rows), "quarter_noise": quarter}
+    report = _report(found, measured, chosen, rows, quarter)
     if not LINEAR[0] <= quarter <= LINEAR[1]:
         progress.warn(
             f"allocation: a quarter of the noise has {quarter:.2f} times the effect that it should have, so "
@@ -57,16 +57,19 @@ def allocate(
     return found.settled(chosen), report
 
 
-def _rows(found: Outline, progress: Progress, texts: Iterable[Any] | None) -> calibration.Rows:
-    """The calibration rows of the run itself; for a method that observes no more than energies, those to measure on."""
+def _rows(found: Outline, texts: Iterable[Any] | None) -> calibration.Rows:
+    """The calibration rows of the run itself, then those to measure on; the latter alone for a method of energies.
+
+    Nothing is said of them: the run will.
+    """
     recipe, auto = found.recipe, found.auto
-    exact, cheap = sensitivity.methods(recipe.method)
-    wanted = recipe.calibration
+    exact, cheap = losses.methods(recipe.method)
+    wanted = recipe.calibration.model_copy(update={"samples": recipe.calibration.samples + auto.rows})
     if exact == cheap:
-        wanted = wanted.model_copy(update={"samples": auto.rows, "length": auto.length})
-    method = sensitivity.GPTQ  # one that reads data, whatever the recipe's own does
+        wanted = recipe.calibration.model_copy(update={"samples": auto.rows, "length": auto.length})
+    method = losses.GPTQ  # one that reads data, whatever the recipe's own does
     asks = replace(found.plan, recipe=recipe.model_copy(update={"method": method, "calibration": wanted}))
-    rows = pipeline._rows(asks, progress, texts)
+    rows = pipeline._rows(asks, Silent(), texts)
     assert rows is not None
     return rows
 
@@ -76,13 +79,13 @@ def _measure(
 ) -> tuple[list[Measured | None], float]:
     """What was measured of each group, None for one that can only stay dense; and the effect of a quarter of noise."""
     schemes = [spec.resolve() for spec in found.auto.candidates]
-    subjects: dict[int, sensitivity.Subject] = {}
+    subjects: dict[int, losses.Subject] = {}
     for i, group in enumerate(found.groups):
         tried = tuple(scheme if size is not None else None for scheme, size in zip(schemes, group.sizes, strict=True))
         by_size = sorted((size, c) for c, size in enumerate(group.sizes) if size is not None and tried[c] is not None)
         if by_size:
             probe = by_size[(len(by_size) - 1) // 2][1]
-            subjects[i] = sensitivity.Subject(group.block, group.layers, tried, probe)
+            subjects[i] = losses.Subject(group.block, group.layers, tried, probe)
     tokens = (found.auto.rows, found.auto.length)
     done, quarter = sensitivity.measure(
         found.plan, [*subjects.values()], rows, tokens, device=device, progress=progress
@@ -110,7 +113,7 @@ def _predicted(measured: Measured | None, candidate: int) -> float:
 
 
 def _report(
-    found: Outline, measured: Sequence[Measured | None], chosen: Sequence[int], rows: calibration.Rows
+    found: Outline, measured: Sequence[Measured | None], chosen: Sequence[int], rows: calibration.Rows, quarter: float
 ) -> dict[str, Any]:
     """What quantkit.json says of the choice, under "allocation"."""
     names, auto = found.names, found.auto
@@ -144,11 +147,13 @@ def _report(
             }
         )
     return {
+        "auto": auto.model_dump(mode="json"),
         "budget_bits": auto.bits,
         "bits": round(found.bits(found.size(chosen)), 4),
         "weights": sum(group.weights for group in found.groups),
-        "tokens": int(rows.mask_RL[: auto.rows, : auto.length].sum()),
+        "tokens": int(rows.mask_RL[-auto.rows :, : auto.length].sum()),
         "noise": sensitivity.NOISE,
+        "quarter_noise": quarter,
         "predicted_kl": total(chosen),
         "uniform": uniform,
         "groups": groups,

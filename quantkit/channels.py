@@ -220,7 +220,7 @@ class Trace(TorchFunctionMode):
         if name == "cat" and isinstance(args[0], tuple | list):
             axis = args[1] if len(args) > 1 else kwargs.get("dim", 0)
             return _joined([(t, self._of(t)) for t in args[0]], axis, made[0])
-        if name in PRODUCTS and len(args) == 2:
+        if name in PRODUCTS and len(args) == 2 and not kwargs:  # no out=, no rounding_mode=
             found = [label for a in args if (label := self._of(a)) is not None]
             if len(found) == 1 and (found[0] is first or name.startswith("mul")):
                 return [(made[0], replace(found[0], twin=found[0].twin.expand(made[0].shape)))]

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 import torch
 
-BISECTIONS = 200
+BISECTIONS = 100
 FIRST_ROUND = 500  # states kept
 ROUNDING = 1e-12  # what sums in float64 may be off by, relative to their largest term: nothing is thrown away for less
 

@@ -18,6 +18,7 @@ from quantkit.errors import InputError
 from quantkit.numerics._activations import Magnitudes
 from quantkit.plan import Linear, Plan, short
 from quantkit.types import Notes, QParams, QuantizedTensor, Stats, TensorScheme
+from quantkit_kernels.gptq import products
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,9 @@ def _report(
     if gram is None:
         kind, error, whole = "weight", float(d.square().sum()), float(w.square().sum())
     else:
-        kind, error, whole = "output", float(((d @ gram) * d).sum()), float(((w @ gram) * w).sum())
+        # Three digits are wanted: on a GPU, products of TF32 give them in an eighth of the time.
+        with products(allow_tf32=True):
+            kind, error, whole = "output", float(((d @ gram) * d).sum()), float(((w @ gram) * w).sum())
     bits = bits_per_weight(plan.tensors(layer), layer.shape[0] * layer.shape[1])
     return {
         "name": layer.name,

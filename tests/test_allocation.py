@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch.nn.functional import linear, log_softmax
 from transformers import AutoModelForCausalLM
 
-from quantkit import algorithms, allocation, blocks, candidates, knapsack, numerics, pipeline
+from quantkit import algorithms, allocation, blocks, candidates, knapsack, numerics, sensitivity
 from quantkit import plan as planning
 from quantkit.checkpoint import Checkpoint, nbytes
 from quantkit.errors import InputError
@@ -30,7 +30,7 @@ from quantkit.tail import Tail
 from quantkit.types import Notes
 
 CPU = torch.device("cpu")
-ROWS, LENGTH = 3, 24
+SAMPLES, ROWS, LENGTH = 6, 3, 24
 
 
 def g32(preset: str) -> dict[str, Any]:
@@ -43,7 +43,7 @@ def recipe(model: Path | str, bits: float = 6, some: list[Any] | None = None, **
         {
             "model": str(model),
             "scheme": {"auto": {**auto, "length": LENGTH}},
-            "calibration": {"samples": 6, "length": 48, "batch_size": 2},
+            "calibration": {"samples": SAMPLES, "length": 48, "batch_size": 2},
             **changes,
         }
     )
@@ -72,7 +72,7 @@ def totals(groups: list[list[Option]], choice: Any) -> tuple[int, float]:
 
 
 @given(groups=GROUPS, share=st.floats(-0.05, 1.05))
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_the_choice_is_that_of_exhaustive_search(groups: list[list[Option]], share: float) -> None:
     least, most = (sum(f(o.size for o in options) for options in groups) for f in (min, max))
     capacity = int(least + share * (most - least + 1))
@@ -190,7 +190,7 @@ def test_layers_of_a_rule_take_no_part_and_the_rule_stays_first(llama: Path) -> 
         (r"re:model\.layers\.1\.self_attn\.(q_proj|k_proj|v_proj)$", "W3A16-g32")
     ]
     with pytest.raises(InputError, match="rules decide on every layer"):
-        candidates.outline(recipe(llama, rules=[{"match": "*", "scheme": g32("W8A16")}, *rules]))
+        candidates.outline(recipe(llama, rules=[{"match": "model.layers.*", "scheme": g32("W8A16")}]))
 
 
 def test_an_engine_refuses_a_candidate_for_some_layers(mixture: Path) -> None:
@@ -215,7 +215,11 @@ def test_a_candidate_that_does_not_divide_is_left_out_where_it_does_not(llama: P
 @pytest.mark.parametrize(
     ("some", "changes", "expected"),
     [
-        ([g32("W4A16"), g32("W8A16")], {"format": "gptq"}, "W8A16-g32 is left out: beside W4A16-g32: .*mixed schemes"),
+        (
+            [g32("W4A16"), g32("W8A16")],
+            {"format": "gptq"},
+            "W8A16-g32 is left out: beside W4A16-g32: .*use compressed-tensors",
+        ),
         ([g32("W4A16"), g32("W3A16")], {"engines": ["sglang"]}, "W3A16-g32 is left out: .*has no kernel"),
         (["W4A16", "W8A16"], {}, "no candidate will do for every layer. W4A16: .*does not divide"),
     ],
@@ -276,11 +280,10 @@ class Direct:
 
     def __init__(self, settled: Recipe, found: candidates.Outline) -> None:
         self.model = AutoModelForCausalLM.from_pretrained(settled.model, dtype=torch.float32).eval()
-        rows = pipeline._rows(planning.make(found.settled([1] * len(found.groups))), Silent())
-        assert rows is not None
-        self.rows = rows
-        self.ids = rows.ids_RL[:ROWS, :LENGTH]
-        self.wide = {x.module: self.inputs(x.module, rows.ids_RL) for x in found.plan.quantized}
+        self.rows = rows = allocation._rows(found, None)
+        assert tuple(rows.ids_RL.shape) == (SAMPLES + ROWS, 48)
+        self.ids = rows.ids_RL[SAMPLES:, :LENGTH]
+        self.wide = {x.module: self.inputs(x.module, rows.ids_RL[:SAMPLES]) for x in found.plan.quantized}
         self.narrow = {x.module: self.inputs(x.module, self.ids) for x in found.plan.quantized}
         self.dense = self.logits()
 
@@ -354,6 +357,17 @@ def test_losses_and_sensitivities_are_those_of_the_whole_model(measured: Any) ->
         assert m.predicted(0) == pytest.approx(m.kl / 0.01 * m.losses[0])
 
 
+def test_statistics_in_bfloat16_as_on_a_gpu(measured: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    found, results, direct = measured
+    monkeypatch.setattr(sensitivity, "_dtype", lambda plan, device: torch.bfloat16)
+    coarse, quarter = allocation._measure(found, direct.rows, CPU, Silent())
+    assert quarter == pytest.approx(1, abs=0.05)
+    for m, other in zip(results, coarse, strict=True):
+        assert other is not None
+        assert other.losses == pytest.approx(m.losses, rel=0.1)
+        assert other.kl == pytest.approx(m.kl, rel=0.5)  # GPTQ found other codes, and there are 72 tokens
+
+
 def test_kl_grows_like_the_energy_and_adds_up_over_groups(measured: Any) -> None:
     """What the prediction rests on, for 4-bit errors of all layers at once."""
     found, results, direct = measured
@@ -388,9 +402,8 @@ def test_rounding_of_inputs_counts(llama: Path) -> None:
 
 def test_rtn_reads_no_more_rows_than_are_measured_on(llama: Path) -> None:
     found = candidates.outline(recipe(llama, method="rtn"))
-    rows = allocation._rows(found, Silent(), None)
+    rows = allocation._rows(found, None)
     assert tuple(rows.ids_RL.shape) == (ROWS, LENGTH)
-    assert tuple(allocation._rows(candidates.outline(recipe(llama)), Silent(), None).ids_RL.shape) == (6, 48)
     m = allocation._measure(found, rows, CPU, Silent())[0][0]
     assert m is not None and m.losses[0] > m.losses[1] > m.losses[2] > 0 and m.kl > 0
 

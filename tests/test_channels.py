@@ -79,7 +79,8 @@ def test_what_is_done_to_a_channel_besides_loses_it() -> None:
             torch.zeros_like(n).copy_(n)
             return self.c(a * b)
 
-    for kind in (Scripted, Summed, Written, Kept):
+    lost_by_the_norm: list[type[Plain]] = [Scripted, Summed, Written, Kept]
+    for kind in lost_by_the_norm:
         assert found_in(kind) == {"a": ("c",)}, kind
 
     class Squared(Plain):
@@ -94,7 +95,8 @@ def test_what_is_done_to_a_channel_besides_loses_it() -> None:
         def join(self, a, b, n):
             return self.c(b / a)
 
-    for kind in (Squared, Both, Divided):
+    lost_by_a: list[type[Plain]] = [Squared, Both, Divided]
+    for kind in lost_by_a:
         assert found_in(kind) == {"norm": ("a", "b")}, kind
 
 

@@ -99,7 +99,8 @@ def columns(
             # As integers, because adding an integer zero is free and adding 0.0 is not.
             only = tl.where(chosen, carry.to(tl.int32, bitcast=True), 0)
             left = tl.sum(only, 1).to(tl.float32, bitcast=True)
-            line = tl.load(matrix_ptr + (first + i) * matrix_stride + column, exists & (first + i + 0 * local < width), 0.0)
+            line_at = matrix_ptr + (first + i) * matrix_stride + column
+            line = tl.load(line_at, exists & (first + i + 0 * local < width), 0.0)
             total = total + left[:, None] * line[None, :]
             codes = tl.where(chosen, code, codes)
             carries = tl.where(chosen, carry, carries)

@@ -221,3 +221,33 @@ def search_mx(
         least = tl.where(better, error, least)
         best = tl.where(better, code, best)
     tl.store(scale_ptr + tile, best.to(tl.int8), inside)
+
+
+@triton.jit
+def difference(
+    w_ptr: tl.tensor,
+    s_ptr: tl.tensor,
+    scale_ptr: tl.tensor,
+    zero_ptr: tl.tensor,
+    out_ptr: tl.tensor,
+    tiles: tl.tensor,
+    groups: tl.tensor,
+    span: tl.tensor,
+    ASYMMETRIC: tl.constexpr,
+    ROWS: tl.constexpr,
+    SPAN: tl.constexpr,
+    LOW: tl.constexpr,
+    HIGH: tl.constexpr,
+) -> None:
+    """(what w is rounded to - w) / s, in the dtype of the output; s is one factor a column."""
+    tile, inside, w, s = _tile(w_ptr, s_ptr, tiles, groups, span, True, ROWS, SPAN)
+    scale = tl.load(scale_ptr + tile, inside, 1.0).to(tl.float32)
+    zero = tl.zeros((ROWS,), tl.float32)
+    if ASYMMETRIC:
+        zero = tl.load(zero_ptr + tile, inside, 0).to(tl.float32)
+    missed = _integer(w, scale, zero, LOW, HIGH) * scale[:, None] - w
+    column = tl.arange(0, SPAN)
+    here = inside[:, None] & (column < span)[None, :]
+    missed = tl.div_rn(missed, tl.where(here, s, 1.0))
+    place = tile.to(tl.int64)[:, None] * span + column[None, :]
+    tl.store(out_ptr + place, missed.to(out_ptr.dtype.element_ty), here)

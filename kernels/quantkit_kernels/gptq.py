@@ -46,8 +46,8 @@ class Tuning:
     panel: int = 1024
     block: int = 128
     rows: int = 32
-    sub: int = 8
-    warps: int = 2
+    sub: int = 16
+    warps: int = 4
     refit_rows: int = 16
     refit_warps: int = 4
     unroll: int = 8
@@ -101,7 +101,7 @@ def ldlq(
         problem.group = problem.group.index_select(0, order_K)
     w, block, factor = problem.w, problem.tuning.block, factor_KK.contiguous()  # Cholesky's columns lie side by side
     delta = torch.empty_like(w)
-    with _products(allow_tf32):
+    with products(allow_tf32):
         for left, right in _pieces(0, w.shape[1], problem.tuning.panel):
             target = w[:, left:right]
             if left:
@@ -145,12 +145,12 @@ def refine(
             raise ValueError(f"scales {tuple(scale_NG.shape)} that rows share cannot be refitted row by row")
         problem.scale = problem.scale.clone(memory_format=torch.contiguous_format)
     hessian, delta = hessian_KK.contiguous(), _residual(problem, slice(None))
-    with _products(allow_tf32):
+    with products(allow_tf32):
         for _ in range(sweeps):
             if refit and span in REFIT_SPANS and problem.tuning.block % span == 0:
                 _over_blocks(problem, hessian, delta, scale_NG.dtype)
             elif refit:
-                _refit_by_products(problem, hessian, delta, scale_NG.dtype)
+                _refit_byproducts(problem, hessian, delta, scale_NG.dtype)
             _over_blocks(problem, hessian, delta, None)
     scale = problem.scale.to(scale_NG.dtype) if refit else scale_NG
     return problem.codes.view(problem.number.dtype), scale
@@ -275,7 +275,7 @@ def _refit(
         )
 
 
-def _refit_by_products(p: _Problem, hessian: torch.Tensor, delta: torch.Tensor, dtype: torch.dtype) -> None:
+def _refit_byproducts(p: _Problem, hessian: torch.Tensor, delta: torch.Tensor, dtype: torch.dtype) -> None:
     """Scales of groups of any width, a row's only one for instance: two matrix products a group."""
     k = p.w.shape[1]
     for j, (start, stop) in enumerate(_pieces(0, k, p.span)):
@@ -373,7 +373,7 @@ def _residual(p: _Problem, part: slice, elements: bool = False) -> torch.Tensor:
 
 
 @contextlib.contextmanager
-def _products(allow_tf32: bool) -> Iterator[None]:
+def products(allow_tf32: bool) -> Iterator[None]:
     """float32 matrix products in TF32 or in float32 within; afterwards torch's settings are what they were.
 
     torch has two ways to say this, and reading one after the other was used can raise. `allow_tf32 = ...` sets both.

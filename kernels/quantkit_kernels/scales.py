@@ -73,6 +73,45 @@ def search_scales_int(
     return scale.to(scale_dtype).reshape(n, -1), None if symmetric else zero.to(torch.int8).reshape(n, -1)
 
 
+def rounding_difference(
+    w_NK: torch.Tensor,
+    s_K: torch.Tensor,
+    scale_NG: torch.Tensor,
+    zero_NG: torch.Tensor | None,
+    *,
+    group_size: int,
+    bits: int,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """(Q(w) - w) / s, Q the nearest integers of `bits` bits under the given scales: (N, K) of `dtype`, in one pass.
+
+    s_K       (K,) float32, not 0
+    scale_NG  (N, G) float, zero_NG (N, G) int8 or None
+    """
+    from quantkit_kernels import _search
+
+    tiles, groups, span, constants = _layout(w_NK, s_K, group_size)
+    half = 1 << (bits - 1)
+    out = torch.empty(w_NK.shape, dtype=dtype, device=w_NK.device)
+    del constants["WEIGHTED"]
+    with torch.cuda.device_of(w_NK):
+        _search.difference[_grid(tiles, constants)](
+            w_NK,
+            s_K,
+            scale_NG.contiguous(),
+            scale_NG if zero_NG is None else zero_NG.contiguous(),
+            out,
+            tiles,
+            groups,
+            span,
+            ASYMMETRIC=zero_NG is not None,
+            LOW=float(-half),
+            HIGH=float(half - 1),
+            **constants,
+        )
+    return out
+
+
 def search_scales_nvfp4(
     w_NK: torch.Tensor, importance_K: torch.Tensor | None, global_scale: torch.Tensor
 ) -> torch.Tensor:

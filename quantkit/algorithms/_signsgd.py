@@ -29,26 +29,22 @@ INSIDE = 0.49  # of a step: how far from its code a weight that starts at anothe
 
 
 class Rounding:
-    """The parameters of one weight (N, K): `quantized` says what they stand for, `descend` takes one step.
+    """The parameters of one weight (N, K), and one step of them: `descend`.
 
-    w      float32 (N, K), where V = 0 is: the weight itself, or the point nearest to it that has the start's code
-    start  codes and scales before the first step; `quantized` returns exactly these until `descend` is called
+    start      codes and scales before the first step
+    quantized  what the parameters stand for now; before the first step, exactly the start
+    w          float32 (N, K), where V is 0: the weight itself, or the point nearest to it that has the start's code
     """
 
     def __init__(self, w_NK: torch.Tensor, start: QuantizedTensor) -> None:
-        self.start = start
+        self.start = self.quantized = start
         self.w = _origin(w_NK, start)
         self.offset = torch.zeros_like(self.w)
-        self.current = start
         scale = start.qparams.scale_NG
         self.tunes_scale = start.scheme.number in integer.NUMBERS
         self.upper = torch.ones_like(scale, dtype=torch.float32) if self.tunes_scale else None
         zero = start.qparams.zero_NG
         self.lower = None if zero is None or self.upper is None else torch.ones_like(self.upper)
-
-    def quantized(self) -> QuantizedTensor:
-        """What the parameters stand for now."""
-        return self.current
 
     def descend(self, gradient_NK: torch.Tensor, rate: float) -> None:
         """One step against the gradient of the loss to the decoded weight (N, K), any float dtype."""
@@ -57,11 +53,11 @@ class Rounding:
         self.offset.sub_(torch.sign(gradient_NK), alpha=rate).clamp_(-0.5, 0.5)
         qparams = self._qparams()
         point = self.w + self.offset * grid_step(self.w, qparams, self.start.scheme)
-        self.current = numerics.quantize(point, qparams, self.start.scheme)
+        self.quantized = numerics.quantize(point, qparams, self.start.scheme)
 
     def _scales(self, gradient: torch.Tensor, upper: torch.Tensor, rate: float) -> None:
         """α and β by the gradient at the current codes."""
-        q = self.current
+        q = self.quantized
         decoded = numerics.dequantize(q)
         step = grid_step(self.w, q.qparams, q.scheme)
         beyond = self.w + self.offset * step - decoded  # more than half a step: the code has saturated

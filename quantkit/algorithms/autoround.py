@@ -2,7 +2,7 @@
 
 GPTQ and its kin minimise the error of one layer's output. Here it is the output of the whole block that counts, with
 its attention, its non-linearities and its routing, and its target is what the dense model's block makes of the dense
-model's inputs, while its own inputs are those that the quantized blocks before it give: what they missed is made up for.
+model's inputs, while its own inputs are what the quantized blocks before it give: their errors are made up for.
 
     each step   one batch of rows through the block, weights as their codes say; gradient of the squared error of the
                 block's output; each rounding offset and each scale's factor moves by `rate`, up or down
@@ -10,7 +10,7 @@ model's inputs, while its own inputs are those that the quantized blocks before 
     at the end  the codes and scales that were best over all batches, those of the start included: never worse than it
 
 The error of single batches is too noisy to choose by, so at each quarter of the way all batches are run: at 200 steps
-and 16 batches that is a tenth of the cost. It starts where `init` ends: see `Options`.
+and 16 batches that costs an eighth more. It starts where `init` ends: see `Options`.
 
 `quantize` does the same to a layer by itself, with tr(D H Dᵀ), D = W - Q, as the loss. It needs no block, and neither
 batches: the gradient is 2 D H.
@@ -18,6 +18,7 @@ batches: the gradient is 2 D H.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -82,7 +83,7 @@ class Stack:
 class Data:
     """What a block is tuned on. Each takes the number of a batch, below `batches`.
 
-    forward  the block's output (B, L, D) on the inputs that the quantized model has there; must not switch gradients off
+    forward  the block's output (B, L, D) on the inputs that the quantized model has there, gradients not switched off
     target   the dense block's output on the dense model's inputs, same shape
     mask     (B, L) bool, False where a token is padding and does not count
     """
@@ -129,7 +130,7 @@ def quantize(
     alone = not rounding.tunes_scale or best.qparams.scale_NG.shape[0] == w.shape[0]
     least: torch.Tensor | None = None
     for rate in [*_rates(options, scheme), 0.0]:
-        q = rounding.quantized()
+        q = rounding.quantized
         delta = numerics.dequantize(q) - w
         gradient = delta @ hessian
         error = (gradient * delta).sum(1, keepdim=True)
@@ -177,7 +178,7 @@ def quantize_block(stacks: Sequence[Stack], data: Data, *, options: Options, not
     del weights
     with _swapped(stacks) as parameters, _quantized_inputs(stacks):
         for group, rounding in zip(parameters, roundings):
-            _put(group, rounding.quantized())
+            _put(group, rounding.quantized)
         return _tune(roundings, parameters, data, options, notes, progress)
 
 
@@ -192,7 +193,7 @@ def _tune(
     """The loop over steps; keeps the best of CHECKS + 1 looks at all batches."""
     flat = [p for group in parameters for p in group]
     rates = [list(_rates(options, r.start.scheme)) for r in roundings]
-    best = [r.quantized() for r in roundings]
+    best = [r.quantized for r in roundings]
     before = least = _error(data)
     order = _order(data.batches, options.seed)
     for step in range(options.iterations):
@@ -206,11 +207,11 @@ def _tune(
         for group, rounding, rate in zip(parameters, roundings, rates):
             parts = [torch.zeros_like(p) if g is None else g for p, g in zip(group, found)]
             rounding.descend(torch.cat(parts), rate[step])
-            _put(group, rounding.quantized())
+            _put(group, rounding.quantized)
         if (step + 1) * CHECKS // options.iterations > step * CHECKS // options.iterations:
             error = _error(data)
             if error < least:
-                least, best = error, [r.quantized() for r in roundings]
+                least, best = error, [r.quantized for r in roundings]
     if not least < before:
         notes.add("no step lowered the error of the block's output; it stays as it started")
     return Tuned(tuple(best), before, least)
@@ -275,15 +276,14 @@ def _put(group: list[nn.Parameter], q: QuantizedTensor) -> None:
 @contextmanager
 def _swapped(stacks: Sequence[Stack]) -> Iterator[list[list[nn.Parameter]]]:
     """Gives every linear a weight of its own that has a gradient; puts the old one back afterwards."""
-    modules = [list(s.modules) for s in stacks]
-    before = [m.weight for group in modules for m in group]
+    before = [(m, m.weight) for s in stacks for m in s.modules]
+    parameters = [[nn.Parameter(m.weight.detach().clone()) for m in s.modules] for s in stacks]
     try:
-        for group in modules:
-            for m in group:
-                m.weight = nn.Parameter(m.weight.detach().clone())
-        yield [[m.weight for m in group] for group in modules]
+        for (m, _), parameter in zip(before, itertools.chain(*parameters)):
+            m.weight = parameter
+        yield parameters
     finally:
-        for m, weight in zip((m for group in modules for m in group), before):
+        for m, weight in before:
             m.weight = weight
 
 

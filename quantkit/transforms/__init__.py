@@ -18,6 +18,8 @@ import torch
 from quantkit import numerics
 from quantkit.errors import InputError
 from quantkit.types import Scheme, TensorScheme
+from quantkit_kernels import scales as kernels
+from quantkit_kernels.gptq import available
 
 # Weights judged at once: what fits a GPU well, and what keeps a CPU's memory small.
 ELEMENTS = {"cuda": 1 << 28}
@@ -62,11 +64,16 @@ class Stack:
     share_N: torch.Tensor
 
 
+def quantized(consumers: Sequence[Consumer]) -> list[Consumer]:
+    """The consumers that count: those that will be rounded, and that tokens reach."""
+    return [c for c in consumers if c.scheme is not None and c.share > 0]
+
+
 def stacked(consumers: Sequence[Consumer]) -> Iterator[Stack]:
-    """The consumers that are quantized, as many of one scheme together as fit. Those of no share are left out."""
+    """The quantized consumers, as many of one scheme together as fit. One at a time, to spare memory."""
     alike: dict[tuple[Scheme, torch.dtype], list[Consumer]] = {}
     for c in consumers:
-        if c.scheme is not None and c.share > 0:
+        if c.scheme is not None:
             alike.setdefault((c.scheme, c.scale_dtype), []).append(c)
     for (scheme, dtype), members in alike.items():
         # A tile of rows must not reach from one weight into the next; those are judged alone.
@@ -87,7 +94,9 @@ def _stack(batch: Sequence[Consumer], scheme: Scheme, dtype: torch.dtype) -> Sta
     return Stack(weights[0] if len(weights) == 1 else torch.cat(weights), scheme, dtype, torch.cat(shares))
 
 
-def rounding_error(stacks: Sequence[Stack], s_K: torch.Tensor, gram_KK: torch.Tensor, search: str) -> torch.Tensor:
+def rounding_error(
+    consumers: Sequence[Consumer], s_K: torch.Tensor, gram_KK: torch.Tensor, search: str
+) -> torch.Tensor:
     """What rounding costs in the outputs, per token, if columns are first multiplied by s: a float64 scalar.
 
     sum over rows of share * dW H dWᵀ with dW = Q(W s) / s - W: the mean of |dW x|² over the tokens whose mean of x xᵀ
@@ -95,11 +104,29 @@ def rounding_error(stacks: Sequence[Stack], s_K: torch.Tensor, gram_KK: torch.Te
     search  how the number format chooses its scales: "absmax" or "mse"
     """
     total = torch.zeros((), dtype=torch.float64, device=gram_KK.device)
-    for stack in stacks:
-        delta = rounded(stack.weight_NK * s_K, stack.scheme.weights, stack.scale_dtype, search)
-        delta = delta.div_(s_K).sub_(stack.weight_NK)
+    for stack in stacked(consumers):
+        delta = _difference(stack, s_K, search)
         total += (output_error(delta, gram_KK) * stack.share_N).sum(dtype=torch.float64)
     return total
+
+
+def _difference(stack: Stack, s_K: torch.Tensor, search: str) -> torch.Tensor:
+    """Q(W s) / s - W (N, K): float32, but bfloat16 where a kernel makes it, for integers on a GPU."""
+    scheme, scaled = stack.scheme.weights, stack.weight_NK * s_K
+    one_each = scheme.strategy in ("group", "channel") and scheme.number.startswith("int")
+    if not one_each or scaled.dtype != torch.float32 or not available(scaled.device):
+        return rounded(scaled, scheme, stack.scale_dtype, search).div_(s_K).sub_(stack.weight_NK)
+    span = scaled.shape[1] // numerics.groups(scheme, scaled.shape[1])
+    q = numerics.get(scheme.number).qparams(scaled, scheme, scale_dtype=stack.scale_dtype, search=search)
+    return kernels.rounding_difference(
+        scaled,
+        s_K.float(),
+        q.scale_NG,
+        q.zero_NG,
+        group_size=span,
+        bits=int(scheme.number[3:]),
+        dtype=torch.bfloat16,
+    )
 
 
 def rounded(w_NK: torch.Tensor, scheme: TensorScheme, scale_dtype: torch.dtype, search: str) -> torch.Tensor:
@@ -114,7 +141,7 @@ def output_error(delta_NK: torch.Tensor, gram_KK: torch.Tensor) -> torch.Tensor:
     On a GPU the product is of bfloat16 with float32 sums, twelve times as fast as float32: rounding to nearest makes
     differences of random signs, so nothing cancels, and the sum over a layer moves by less than one in a thousand.
     """
-    if delta_NK.is_cuda and delta_NK.dtype == torch.float32:
+    if delta_NK.is_cuda and delta_NK.dtype != torch.float64:
         product = torch.mm(delta_NK.bfloat16(), gram_KK.bfloat16(), out_dtype=torch.float32)
     else:
         product = delta_NK @ gram_KK

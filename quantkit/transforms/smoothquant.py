@@ -24,7 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from quantkit import numerics
 from quantkit.errors import InputError
 from quantkit.numerics._activations import fake_quantize
-from quantkit.transforms import Consumer, Stack, gathered, rounding_error, spread, stacked
+from quantkit.transforms import Consumer, Stack, gathered, quantized, rounding_error, spread, stacked
 from quantkit.types import Notes, Stats, TensorScheme
 
 ALPHAS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -67,22 +67,22 @@ def scales(
         raise InputError("smoothquant needs calibration data: the largest |x| of this layer's inputs are missing")
     if not bool(torch.isfinite(stats.absmax_K).all()):
         raise InputError("the calibration inputs of this layer hold NaN or Inf; load the model in bfloat16 or float32")
-    stacks = list(stacked(consumers))
+    counted = quantized(consumers)
     x_P = gathered(stats.absmax_K.float(), channels_K)
-    if not stacks or not bool((x_P > 0).any()):
+    if not counted or not bool((x_P > 0).any()):
         return None
-    largest = torch.stack([stack.weight_NK.float().abs().amax(0) for stack in stacks]).amax(0)
+    largest = torch.stack([stack.weight_NK.float().abs().amax(0) for stack in stacked(counted)]).amax(0)
     w_P = gathered(largest, channels_K)
     if options.alpha != "search":
         return smoothed(x_P, w_P, options.alpha)
     if stats.gram_KK is None or stats.sample_MK is None:
         raise InputError("smoothquant with alpha search needs the mean of x xᵀ and a sample of this layer's inputs")
     gram, sample = stats.gram_KK.float(), stats.sample_MK
-    x_MK = sample[:: -(-len(sample) // TOKENS)].float()
-    best, least = None, _error(stacks, torch.ones_like(stats.absmax_K.float()), gram, x_MK, stats.absmax_K)
+    x_MK = sample[:: max(1, -(-len(sample) // TOKENS))].float()
+    best, least = None, _error(counted, torch.ones_like(stats.absmax_K.float()), gram, x_MK, stats.absmax_K)
     for alpha in ALPHAS:
         s_P = smoothed(x_P, w_P, alpha)
-        found = _error(stacks, spread(s_P, channels_K), gram, x_MK, stats.absmax_K)
+        found = _error(counted, spread(s_P, channels_K), gram, x_MK, stats.absmax_K)
         if found < least:
             best, least = s_P, found
     return best
@@ -95,11 +95,11 @@ def smoothed(x_P: torch.Tensor, w_P: torch.Tensor, alpha: float) -> torch.Tensor
 
 
 def _error(
-    stacks: Sequence[Stack], s_K: torch.Tensor, gram_KK: torch.Tensor, x_MK: torch.Tensor, absmax_K: torch.Tensor
+    consumers: Sequence[Consumer], s_K: torch.Tensor, gram_KK: torch.Tensor, x_MK: torch.Tensor, absmax_K: torch.Tensor
 ) -> float:
     """What rounding weights and activations costs in the outputs, per token."""
-    total = float(rounding_error(stacks, s_K, gram_KK, "absmax"))
-    for stack in stacks:
+    total = float(rounding_error(consumers, s_K, gram_KK, "mse"))
+    for stack in stacked(consumers):
         if stack.scheme.activations is not None and len(x_MK):
             total += _activation_error(stack, s_K, x_MK / s_K, absmax_K / s_K)
     return total
