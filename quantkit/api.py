@@ -112,6 +112,12 @@ def quantize(
         overrides = (*overrides, f"calibration.data={calibration.PYTHON}")
     settled = Recipe.from_any(recipe, overrides, model=model)
     where = pick_device(device)
+    chosen: dict[str, Any] | None = None
+    if settled.scheme.auto is not None:
+        calibration_data = None if calibration_data is None else list(calibration_data)  # read twice
+        settled, chosen = allocation.allocate(
+            settled, device=where, progress=progress or Silent(), texts=calibration_data
+        )
     plan = planning.make(settled)
     folder = Path(out).expanduser() if out is not None else Path(default_name(plan))
     text = settled.to_yaml()
@@ -123,7 +129,7 @@ def quantize(
             plan, staging, device=where, progress=progress, profile=timed, calibration_data=calibration_data
         )
         (staging / output.RECIPE).write_text(text, "utf-8")
-        summary = _summary(plan, done)
+        summary = {**_summary(plan, done), "allocation": chosen}
         output.write_json(staging / output.SUMMARY, summary)
         validation: Validation | None = None
         unusable: GateError | None = None

@@ -408,6 +408,16 @@ def test_rtn_reads_no_more_rows_than_are_measured_on(llama: Path) -> None:
     assert m is not None and m.losses[0] > m.losses[1] > m.losses[2] > 0 and m.kl > 0
 
 
+def test_a_text_too_short_to_keep_rows_apart_is_measured_on_as_a_whole(llama: Path, tmp_path: Path) -> None:
+    file = tmp_path / "short.txt"
+    file.write_text("The quick brown fox jumps over the lazy dog. " * 8)
+    found = candidates.outline(recipe(llama, calibration={"data": str(file), "samples": 6, "length": 48}))
+    rows = allocation._rows(found, None)
+    assert len(rows.ids_RL) <= ROWS
+    results, _ = allocation._measure(found, rows, CPU, Silent())
+    assert all(m is not None and m.kl > 0 for m in results)
+
+
 @pytest.mark.parametrize("kind", ["gemma2", "phi3", "deepseek"])
 def test_the_tail_gives_the_logits_of_the_model(tmp_path: Path, kind: str) -> None:
     folder = tiny.save(tmp_path / "model", kind)

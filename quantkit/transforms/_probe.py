@@ -23,7 +23,7 @@ from quantkit.transforms._hadamard import Turn
 # Operations, by aten's names, after which each channel still is what it was. What else there is may mix channels or
 # treat them differently.
 _MOVES = frozenset((
-    "_to_copy", "_unsafe_view", "alias", "cat", "chunk", "clone", "contiguous", "copy_", "detach", "expand",
+    "_to_copy", "_unsafe_view", "alias", "cat", "chunk", "clone", "contiguous", "detach", "expand",
     "index_select", "permute", "repeat", "repeat_interleave", "reshape", "select", "slice", "split", "split_with_sizes",
     "squeeze", "t", "transpose", "unbind", "unsqueeze", "view",
 ))  # fmt: skip

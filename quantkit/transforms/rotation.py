@@ -14,8 +14,12 @@ norm, so lm_head can no longer share its weight with the embeddings. Scalars com
 embeddings need nothing. A norm between a layer's output and the hidden states has nothing behind it to take its gamma,
 and a LayerNorm subtracts a mean that R1 does not keep: such models are refused.
 
-R = diag(signs) (I ⊗ H_size) with H a normalised Hadamard matrix. For most formats the largest size mixes best. MXFP4
-wants blocks of 32, as long as its groups: there, mixing beyond a group raises the error (arXiv 2511.04214).
+R = diag(signs) (I ⊗ H_size) with H a normalised Hadamard matrix. Large sizes mix best; of MXFP4 it is reported that
+mixing beyond its groups of 32 raises the error (arXiv 2511.04214).
+
+It pays where channels are loud or activations have few bits, and costs a little where neither is so. KL divergence of
+the embedded model, which has no loud channels, without and with blocks of 32: int4 weights and activations (GPTQ) 0.554
+and 0.491, MXFP4 weights (GPTQ) 0.067 and 0.070; MXFP4 weights (RTN) of a copy with 1 % loud channels 0.154 and 0.103.
 
 The plan is made on a model without weights; `Rotation.rewrite` then changes each tensor as it is loaded.
 """
@@ -52,7 +56,7 @@ class Options(BaseModel):
     size: int | None = Field(
         None,
         description="Channels that are mixed with each other: a power of two that divides the hidden size. Without "
-        "it, the largest one. Use 32 for MXFP4.",
+        "it, the largest one. 32 is the length of MXFP4's groups.",
     )
     values: bool = Field(True, description="Also rotate the values of each attention head, between v_proj and o_proj.")
     seed: int = Field(0, ge=0, lt=2**63, description="Seed of the random signs.")
