@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from quantkit import calibration, formats, hub, output, packed, pipeline, skeleton
+from quantkit import allocation, calibration, formats, hub, output, packed, pipeline, skeleton
 from quantkit import plan as planning
 from quantkit.checkpoint import Checkpoint
 from quantkit.convert import dense_copy
@@ -112,14 +112,14 @@ def quantize(
         overrides = (*overrides, f"calibration.data={calibration.PYTHON}")
     settled = Recipe.from_any(recipe, overrides, model=model)
     where = pick_device(device)
+    source = hub.resolve(settled.model)
+    folder = Path(out).expanduser() if out is not None else Path(default_name(source, settled))
     chosen: dict[str, Any] | None = None
     if settled.scheme.auto is not None:
+        output.check(folder, source.folder, None, overwrite=True)  # what is never replaced, before anything is measured
         calibration_data = None if calibration_data is None else list(calibration_data)  # read twice
-        settled, chosen = allocation.allocate(
-            settled, device=where, progress=progress or Silent(), texts=calibration_data
-        )
+        settled, chosen = allocation.allocate(settled, device=where, progress=progress, texts=calibration_data)
     plan = planning.make(settled)
-    folder = Path(out).expanduser() if out is not None else Path(default_name(plan))
     text = settled.to_yaml()
     output.check(folder, plan.source.folder, text, overwrite=overwrite)
     progress.say(f"{plan.source.model}: {len(plan.quantized)} linear layers to quantize, {len(plan.dense)} left dense")
@@ -141,6 +141,8 @@ def quantize(
                     staging, plan.source, settled.validation, where, progress, done["layers"], settled
                 )
                 outcome = validation.to_dict()
+                if chosen is not None:
+                    progress.say(allocation.verdict(chosen, validation.comparison.kl))
             except GateError as e:
                 unusable, outcome = e, {"status": FAILED, "message": str(e)}
             summary = {**summary, "status": outcome["status"], "validation": outcome}
@@ -278,9 +280,14 @@ def pick_device(device: str) -> torch.device:
     return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def default_name(plan: planning.Plan) -> str:
+def describe(recipe: Recipe) -> dict[str, Any]:
+    """The plan of a recipe as plain values for a person; of `scheme: {auto: ...}`, what there is to choose from."""
+    return planning.describe(planning.make(recipe)) if recipe.scheme.auto is None else allocation.describe(recipe)
+
+
+def default_name(source: hub.Source, recipe: Recipe) -> str:
     """Name of the output folder when none is given: pydocs-llama-7m-W4A16."""
-    return f"{plan.source.name}-{plan.recipe.scheme.label}"
+    return f"{source.name}-{recipe.scheme.label}"
 
 
 def _summary(plan: planning.Plan, done: dict[str, Any]) -> dict[str, Any]:
@@ -334,8 +341,7 @@ def _validate(
     wanted = settings.perplexity
     trust = recipe is not None and recipe.trust_remote_code
     tokenizer = planning.tokenizer(source, trust_remote_code=trust)
-    place = wanted.model_dump(include=set(TextSource.model_fields))
-    texts = calibration.load_texts(**place, tokenizer=tokenizer)
+    texts = calibration.load_texts(**wanted.model_dump(include=set(TextSource.model_fields)), tokenizer=tokenizer)
     windows = heldout_windows(texts, tokenizer, length=wanted.length, count=wanted.windows, warn=progress.warn)
     dtype = torch.float32 if device.type == "cpu" else "auto"
     progress.say(f"validation: {windows.shape[0]} windows of {windows.shape[1]} tokens from {wanted.data}")

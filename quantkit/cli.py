@@ -299,10 +299,9 @@ def plan(recipe: RecipePath, model: Model = None, sets: Sets = None) -> None:
     from quantkit.recipe import Recipe
 
     resolved = Recipe.load(recipe, sets or (), model=model)
-    from quantkit import plan as planning
     from quantkit import report
 
-    report.print_plan(planning.describe(planning.make(resolved)))
+    report.print_plan(_api().describe(resolved))
 
 
 @app.command()

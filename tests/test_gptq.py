@@ -185,7 +185,7 @@ def test_missing_or_broken_statistics_are_refused():
 def test_signed_scales_lower_the_error_and_keep_the_grid():
     w, stats = layer(32, 64, 512)
     scheme = TensorScheme("int3", "group", 32)
-    run = {"scale_dtype": torch.bfloat16, "notes": Notes()}
+    run: dict[str, Any] = {"scale_dtype": torch.bfloat16, "notes": Notes()}
     plain = gptq.quantize(w, scheme, stats, options=gptq.Options(), **run)
     signed = gptq.quantize(w, scheme, stats, options=gptq.Options(signed_scales=True), **run)
     share = float((signed.qparams.scale_NG < 0).float().mean())
@@ -205,8 +205,10 @@ def test_the_shift_is_the_least_squares_solution():
     stats = Stats(tokens, gram_KK=x.T @ x / tokens, drift_KK=(dense - x).T @ x / tokens)
     best = torch.linalg.lstsq(x.double(), dense.double() @ w.double().T).solution.T
     for order in (None, torch.randperm(k, generator=g)):
-        hessian = stats.gram_KK if order is None else stats.gram_KK[order][:, order]
-        upper, _ = gptq._factor(hessian, 1e-9, Notes())
+        hessian = gram(stats) if order is None else gram(stats)[order][:, order]
+        factored = gptq._factor(hessian, 1e-9, Notes())
+        assert factored is not None
+        upper, _ = factored
         shifted = gptq._shifted(w, stats, upper, order, 1.0)
         assert (shifted.double() - best).norm() / best.norm() < 1e-4
         half = gptq._shifted(w, stats, upper, order, 0.5)
@@ -242,7 +244,7 @@ def test_a_shift_makes_up_for_what_came_before():
 def test_rounding_can_weigh_scales_by_the_inputs():
     w, stats = layer(32, 64, 512)
     scheme = TensorScheme("int3", "group", 32)
-    run = {"scale_dtype": torch.bfloat16, "notes": Notes()}
+    run: dict[str, Any] = {"scale_dtype": torch.bfloat16, "notes": Notes()}
     energy = Stats(512, energy_K=gram(stats).diagonal().clone())
     plain = rtn.quantize(w, scheme, None, options=rtn.Options(), **run)
     weighted = rtn.quantize(w, scheme, energy, options=rtn.Options(scale_search="diagh"), **run)

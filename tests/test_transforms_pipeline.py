@@ -111,7 +111,11 @@ def test_the_statistics_that_followed_a_fold_are_those_of_the_folded_model(tmp_p
     def spy(run: Any, block: Any, batches: Any, seen: Any) -> Any:
         for first, *_ in block.groups:
             inputs: list[torch.Tensor] = []
-            watch = pipeline.blocks.watched(planned.skeleton.model, [first], lambda _, x, keep=inputs: keep.append(x))
+
+            def keep(_: str, x: torch.Tensor, into: list[torch.Tensor] = inputs) -> None:
+                into.append(x)
+
+            watch = pipeline.blocks.watched(planned.skeleton.model, [first], keep)
             module = planned.skeleton.model.get_submodule(block.name)
             with watch, torch.no_grad():
                 for batch in batches:

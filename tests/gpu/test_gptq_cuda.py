@@ -200,7 +200,7 @@ def test_what_awq_compares_is_what_torch_computes(group: int | None, symmetric: 
     from quantkit.types import Scheme
 
     w, hessian = inputs(208, 1024)
-    strategy = "channel" if group is None else "group"
+    strategy: Any = "channel" if group is None else "group"
     scheme = TensorScheme("int4", strategy, group, symmetric)
     s = torch.rand(1024, generator=torch.Generator().manual_seed(1)) + 0.5
     found = []
