@@ -69,7 +69,7 @@ constraints: $(SETUP)
 	echo "torch==2.13.0" >build/torch.txt
 	echo pip | $(BIN)/uv pip compile --quiet --universal --python-version 3.10 --upgrade --no-header --no-annotate \
 	  --extra dev -c build/torch.txt pyproject.toml - -o build/pins.txt
-	{ grep '^#' constraints.txt; grep -vE "^(nvidia-|cuda-|triton)|== '(win32|emscripten)'" build/pins.txt; } >build/constraints.txt
+	{ grep '^#' constraints.txt; grep -vE "^(nvidia-|cuda-)|== '(win32|emscripten)'" build/pins.txt; } >build/constraints.txt
 	mv build/constraints.txt constraints.txt
 
 clean:

@@ -17,6 +17,7 @@ REQUIRED = {
     "transformers": "5.17",
     "accelerate": "1.10",
     "safetensors": "0.6",
+    "datasets": "5.0",
     "huggingface-hub": "1.5",
     "numpy": "2.0",
     "pydantic": "2.10",

@@ -188,8 +188,10 @@ def test_interrupted_while_starting(monkeypatch: pytest.MonkeyPatch, capsys: pyt
 def test_quantize_passes_everything_on(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Any] = []
 
-    def quantize(recipe: Any, *, out: Any, device: str, overwrite: bool, progress: Progress) -> api.Result:
-        calls.append((recipe.model, recipe.calibration.samples, out, device, overwrite))
+    def quantize(
+        recipe: Any, *, out: Any, device: str, overwrite: bool, profile: bool, progress: Progress
+    ) -> api.Result:
+        calls.append((recipe.model, recipe.calibration.samples, out, device, overwrite, profile))
         progress.say("on stderr")
         return api.Result(Path("there"), SUMMARY, validation(passed=True))
 
@@ -204,10 +206,11 @@ def test_quantize_passes_everything_on(monkeypatch: pytest.MonkeyPatch) -> None:
         "--device",
         "cpu",
         "--overwrite",
+        "--profile",
     ]
     result = run("quantize", QUICKSTART, *options)
     assert result.exit_code == 0, result.stderr
-    assert calls == [("org/name", 7, Path("there"), "cpu", True)]
+    assert calls == [("org/name", 7, Path("there"), "cpu", True, True)]
     assert result.stderr == "on stderr\n"
 
 

@@ -17,8 +17,6 @@ import torch
 from quantkit import numerics
 from quantkit.types import QParams, QuantizedTensor, TensorScheme
 
-pytest.importorskip("triton")
-
 _INTERPRETED: dict[str, ModuleType] = {}
 
 

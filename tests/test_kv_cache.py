@@ -194,8 +194,12 @@ def test_a_block_that_fills_no_cache_is_named(tmp_path: Path, monkeypatch: pytes
 
 def test_a_block_that_asks_more_of_its_cache_is_named() -> None:
     class Curious(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bias = torch.nn.Parameter(torch.zeros(3))
+
         def forward(self, x: torch.Tensor, past_key_values: Any = None) -> Any:
-            return x + past_key_values.get_seq_length()
+            return x + self.bias + past_key_values.get_seq_length()
 
     batch = blocks.Batch(torch.zeros(1, 2, 3), torch.ones(1, 2, dtype=torch.bool), [((), {"past_key_values": None})])
     with pytest.raises(InputError, match=r"a\.b: asks its cache for 'get_seq_length'"):

@@ -147,6 +147,7 @@ def test_resolved_yaml_says_every_default_in_a_fixed_order() -> None:
         "scheme",
         "rules",
         "kv_cache",
+        "transforms",
         "method",
         "calibration",
         "validate",
@@ -196,7 +197,7 @@ def test_every_problem_is_listed_once_in_the_order_of_the_file() -> None:
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
-        ("transforms: [{awq: {}}]", "unknown key transforms; known: model, trust_remote_code, scheme, rules,"),
+        ("pruning: [{wanda: {}}]", "unknown key pruning; known: model, trust_remote_code, scheme, rules,"),
         ("calibration: {smaples: 3}", "unknown key calibration.smaples; did you mean samples?"),
         ("validate: {perplexity: {window: 3}}", "unknown key validate.perplexity.window; did you mean windows?"),
         ("validate: {gates: {KL: 3}}", "unknown key validate.gates.KL; did you mean kl?"),
