@@ -24,6 +24,7 @@ import hashlib
 import json
 import math
 import multiprocessing
+import platform
 import random
 import subprocess
 import sys
@@ -126,10 +127,20 @@ def run(job: Job, order: int, setting: Setting) -> dict[str, Any]:
     return {
         "key": setting.key(job, order),
         "label": job.label,
+        "hardware": hardware(setting.device),
         **found,
         "seconds": round(seconds, 1),
         "figures": figures,
     }
+
+
+def hardware(device: str) -> str:
+    """The name of what quantizes: the GPU's, or the processor's as Linux gives it."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    info = Path("/proc/cpuinfo")
+    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
+    return names[0].partition(":")[2].strip() if names else platform.processor() or platform.machine()
 
 
 def _dense(job: Job, out: Path) -> Path:

@@ -126,8 +126,11 @@ CASES: tuple[Case, ...] = (
         "nvfp4a16-rtn", ours(PYDOCS, "NVFP4A16", "rtn"), _searched(PYDOCS, "NVFP4A16", "rtn", MINMAX, MSE, NVFP4_SEARCH)
     ),
     Case("nvfp4a16-gptq", ours(PYDOCS, "NVFP4A16", "effort default"), GPTQ_NVFP4),
+    Case("nvfp4a16-best", ours(PYDOCS, "NVFP4A16", "effort best"), GPTQ_NVFP4),
     Case("mxfp4a16-rtn", ours(PYDOCS, "MXFP4A16", "rtn"), _searched(PYDOCS, "MXFP4A16", "rtn", MINMAX, MSE)),
     Case("mxfp4a16-gptq", ours(PYDOCS, "MXFP4A16", "effort default"), GPTQ_MXFP4),
+    Case("mxfp4a16-plain-gptq", ours(PYDOCS, "MXFP4A16", "gptq"), GPTQ_MXFP4[:1]),
+    Case("mxfp4a16-best", ours(PYDOCS, "MXFP4A16", "effort best"), GPTQ_MXFP4),
     Case("mxfp4a16-rotation-gptq", ours(PYDOCS, "MXFP4A16", "gptq", {"rotation": {"size": 32}}), GPTQ_MXFP4),
     Case("w8a8-clean-rtn", ours(PYDOCS, "W8A8", "rtn"), _searched(PYDOCS, "W8A8", "rtn", MINMAX)),
     Case("w8a8-rtn", ours(OUTLIERS, "W8A8", "rtn"), RTN_W8A8),

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import platform
 import statistics
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from accuracy_cases import MOE, OUTLIERS, PYDOCS, Case, Job, Setting
@@ -100,13 +98,6 @@ def report(cases: Sequence[Case], log: dict[str, dict[str, Any]], setting: Setti
     versions: dict[str, None] = {}
     for record in log.values():
         tool = json.loads(record["key"])[1]
-        versions[f"{tool}: " + ", ".join(f"{name} {version}" for name, version in record["versions"].items())] = None
-    hardware = f"Hardware: {processor()}, no GPU."
-    return "\n".join([said, "", *table(cases, log, setting, orders), *(f"{v}." for v in versions), hardware]) + "\n"
-
-
-def processor() -> str:
-    """The processor's name, as Linux gives it."""
-    info = Path("/proc/cpuinfo")
-    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
-    return names[0].partition(":")[2].strip() if names else platform.processor() or platform.machine()
+        found = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+        versions[f"{tool} on {record['hardware']}: {found}."] = None
+    return "\n".join([said, "", *table(cases, log, setting, orders), *versions]) + "\n"

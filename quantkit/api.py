@@ -27,7 +27,7 @@ from quantkit.profile import Profile
 from quantkit.progress import Progress, Silent
 from quantkit.recipe import Perplexity, Recipe
 from quantkit.recipe import Validation as Settings
-from quantkit.recipe_calibration import TextSource
+from quantkit.recipe.calibration import TextSource
 from quantkit.runtime import plugin
 from quantkit_eval import gate
 from quantkit_eval.compare import Comparison, compare

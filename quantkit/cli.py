@@ -204,7 +204,7 @@ def _gates(items: list[str]) -> dict[str, float]:
     from pydantic import ValidationError
 
     from quantkit.recipe import Gates
-    from quantkit.recipe_errors import hint
+    from quantkit.recipe.errors import hint
 
     found: dict[str, float] = {}
     for item in items:
@@ -279,7 +279,7 @@ def lint(
     """Check a quantized checkpoint against the engines' rules."""
     from quantkit import lint as linting
     from quantkit import report
-    from quantkit.recipe_errors import hint
+    from quantkit.recipe.errors import hint
 
     for name in engine or ():
         if name not in linting.names():

@@ -29,7 +29,7 @@ from quantkit.formats._shared import fits
 from quantkit.packed import KV_SCALES, Layer, Packed, natural
 from quantkit.progress import Progress, Silent
 from quantkit.recipe import Export
-from quantkit.recipe_errors import hint
+from quantkit.recipe.errors import hint
 from quantkit.types import Format, QParams, QuantizedTensor, Scheme, TensorSpec
 
 DENSE = "dense"

@@ -17,7 +17,7 @@ from quantkit.links import Link
 from quantkit.observation import Observed
 from quantkit.plan import Plan
 from quantkit.progress import Progress
-from quantkit.recipe_named import Transform
+from quantkit.recipe.named import Transform
 from quantkit.transforms import Consumer
 from quantkit.transforms._fold import fold_all
 from quantkit.types import Notes, Stats

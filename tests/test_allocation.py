@@ -16,17 +16,18 @@ from hypothesis import strategies as st
 from torch.nn.functional import linear, log_softmax
 from transformers import AutoModelForCausalLM
 
-from quantkit import algorithms, allocation, blocks, candidates, knapsack, numerics, sensitivity
+from quantkit import algorithms, allocation, blocks, numerics
 from quantkit import plan as planning
+from quantkit.allocation import candidates, knapsack, sensitivity
+from quantkit.allocation.knapsack import Option
+from quantkit.allocation.tail import Tail
 from quantkit.checkpoint import Checkpoint, nbytes
 from quantkit.errors import InputError
-from quantkit.knapsack import Option
 from quantkit.numerics._activations import fake_quantize
 from quantkit.progress import Silent
 from quantkit.recipe import Recipe, json_schema
-from quantkit.recipe_errors import known_keys
+from quantkit.recipe.errors import known_keys
 from quantkit.stats import Observer
-from quantkit.tail import Tail
 from quantkit.types import Notes
 
 CPU = torch.device("cpu")

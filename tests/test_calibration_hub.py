@@ -29,11 +29,11 @@ configs:
 # The settings of the Hub are read when its library is imported, so each Hub needs a process of its own.
 SCRIPT = """
 import itertools, json, sys
-from quantkit import calibration_sources
+from quantkit.calibration import sources
 from quantkit.errors import QuantkitError
 for data, options in json.loads(sys.argv[1]):
     try:
-        source = calibration_sources.open_source(data, **options)
+        source = sources.open_source(data, **options)
         found = [document.content for document in itertools.islice(source.documents, 3)]
         source.documents.close()
         answer = [found, source.report]

@@ -12,8 +12,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from quantkit import calibration_sources as sources
-from quantkit.calibration import load_texts
+from quantkit.calibration import load_texts, sources
 from quantkit.errors import InputError, MissingError
 
 CHAT = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because."}]

@@ -22,6 +22,7 @@ def method(**changes: Any) -> dict[str, Any]:
 def test_each_word_stands_for_a_method() -> None:
     assert method(effort="default") == method() == method(method="gptq")
     assert method(effort="fast") == method(method="rtn")
+    assert method(effort="default", scheme="MXFP4A16")["gptq"]["pre_shift"] == 0.25
     best = method(effort="best")["gptq"]
     assert best["pre_shift"] == 0.5 and best["sweeps"] > method()["gptq"]["sweeps"] and best["signed_scales"]
 

@@ -161,6 +161,7 @@ def test_table_shows_what_the_log_holds(script: Any) -> None:
             "key": key,
             "bits": 4.126,
             "versions": {"torch": "1"},
+            "hardware": "CPU",
             "figures": {**figures, "top1_agreement": 0.9},
         }
     text = accuracy_table.report([case], log, setting, orders=2)

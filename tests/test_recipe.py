@@ -13,7 +13,7 @@ from quantkit import algorithms, lint, strict_yaml
 from quantkit.errors import InputError
 from quantkit.presets import PRESETS
 from quantkit.recipe import Gates, Recipe, json_schema
-from quantkit.recipe_errors import known_keys
+from quantkit.recipe.errors import known_keys
 from quantkit.types import Scheme, TensorScheme
 from quantkit_eval.gate import GATES
 

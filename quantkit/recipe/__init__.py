@@ -29,12 +29,12 @@ from pydantic import (
 
 from quantkit import strict_yaml
 from quantkit.errors import InputError
-from quantkit.recipe_calibration import Calibration, TextSource
-from quantkit.recipe_effort import Effort, method_of
-from quantkit.recipe_errors import explain, hint, problem, shown
-from quantkit.recipe_named import Method, Transform
-from quantkit.recipe_overrides import override
-from quantkit.recipe_scheme import FP8_CACHE, NONE, KvCacheSpec, Part, RecipeScheme, SchemeSpec
+from quantkit.recipe.calibration import Calibration, TextSource
+from quantkit.recipe.effort import Effort, method_of
+from quantkit.recipe.errors import explain, hint, problem, shown
+from quantkit.recipe.named import Method, Transform
+from quantkit.recipe.overrides import override
+from quantkit.recipe.scheme import FP8_CACHE, NONE, KvCacheSpec, Part, RecipeScheme, SchemeSpec
 from quantkit.strict_yaml import KeyPath
 from quantkit.types import Scheme
 

@@ -6,8 +6,8 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from quantkit.recipe_errors import problem
-from quantkit.recipe_scheme import Part
+from quantkit.recipe.errors import problem
+from quantkit.recipe.scheme import Part
 
 BUILTIN = "builtin:"
 

@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from quantkit import calibration_hub, calibration_parquet
-from quantkit.calibration_chat import Message, kind, messages, text_of
+from quantkit.calibration import hub, parquet
+from quantkit.calibration.chat import Message, kind, messages, text_of
 from quantkit.errors import InputError
 from quantkit.hub import ASSETS, BUILTIN
 
@@ -106,7 +106,7 @@ def open_source(
             raise InputError(f"{data}: unknown kind of text {path.suffix!r}; known: {', '.join(READERS)}")
         return _files(data, [path], column)
     if subset is not None or split is not None:
-        return _of_dataset(calibration_hub.open_folder(path, subset, split), column)
+        return _of_dataset(hub.open_folder(path, subset, split), column)
     if (path / "state.json").is_file() and (path / "dataset_info.json").is_file():
         raise InputError(
             f"{data}: was written by save_to_disk of the datasets library; write it with to_parquet, or give what "
@@ -167,10 +167,10 @@ def _of_hub(data: str, column: str | None, subset: str | None, split: str | None
     name, _, short = name.partition("@")
     if short and revision not in (None, short):
         raise InputError(f"{data}: names revision {short!r}, and the key revision says {revision!r}; keep one of them")
-    return _of_dataset(calibration_hub.open_hub(name, subset, split, short or revision), column)
+    return _of_dataset(hub.open_hub(name, subset, split, short or revision), column)
 
 
-def _of_dataset(found: calibration_hub.Dataset, column: str | None) -> Source:
+def _of_dataset(found: hub.Dataset, column: str | None) -> Source:
     return Source(found.name, _documents(found.rows(_columns(column)), column), found.report)
 
 
@@ -216,7 +216,7 @@ def _document(record: Any, where: str, column: str | None) -> Document:
         names = _columns(column)
         present = [name for name in names if name in record]
         if not present:
-            raise InputError(f"{where}: {calibration_parquet.no_column(names, record)}")
+            raise InputError(f"{where}: {parquet.no_column(names, record)}")
         name = next((name for name in present if record[name] is not None), present[0])
         value, where_value = record[name], f"{where}, column {name!r}"
     elif column is not None and record is not None:
@@ -271,7 +271,7 @@ def _txt(file: Path, column: str | None) -> Records:
 
 
 def _parquet(file: Path, column: str | None) -> Records:
-    yield from calibration_parquet.rows(file.open("rb"), str(file), _columns(column))
+    yield from parquet.rows(file.open("rb"), str(file), _columns(column))
 
 
 READERS: dict[str, Callable[[Path, str | None], Records]] = {

@@ -2,7 +2,7 @@
 
 What the rounding of a group of layers costs is predicted from two figures, both measured on the calibration text:
 
-    loss         of each candidate scheme: what rounding does to the outputs of the group's linears (quantkit/losses.py)
+    loss         of each candidate scheme: what rounding does to the outputs of the group's linears (losses.py)
     sensitivity  the KL divergence at the end of the model, in nats a token, that such an error causes: the error of
                  one candidate, the probe, is added to the outputs of this group alone, scaled to NOISE of their energy
 
@@ -38,11 +38,11 @@ from torch import nn
 from torch.nn.functional import log_softmax
 
 from quantkit import blocks, calibration, observation
+from quantkit.allocation.losses import Methods, Rounded, Subject, losses
+from quantkit.allocation.tail import Tail
 from quantkit.errors import InputError
-from quantkit.losses import Methods, Rounded, Subject, losses
 from quantkit.plan import Plan, outside
 from quantkit.progress import Progress
-from quantkit.tail import Tail
 from quantkit.types import Stats
 
 NOISE = 0.01  # energy of the added error over that of the outputs: about what 4 bits in groups of 128 do

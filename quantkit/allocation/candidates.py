@@ -25,7 +25,7 @@ from quantkit.checkpoint import DTYPES, bits_per_weight
 from quantkit.errors import InputError
 from quantkit.plan import Linear, Plan
 from quantkit.recipe import Recipe, Rule
-from quantkit.recipe_scheme import AutoScheme, RecipeScheme, SchemeSpec
+from quantkit.recipe.scheme import AutoScheme, RecipeScheme, SchemeSpec
 
 DENSE = SchemeSpec.model_validate("none")
 _EXPERTS = re.compile(r"(.*\.experts)\.\d+\.")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quantkit import calibration_parquet
+from quantkit.calibration import parquet
 from quantkit.errors import InputError, MissingError
 
 Rows = Generator[tuple[dict[str, Any], str], None, None]
@@ -66,8 +66,8 @@ def _streamed(builder: Any, name: str, split: str | None, offline: bool, report:
     with _explained(name, offline):
         files = dict(builder.config.data_files or {})
         # The library's reader of parquet fetches whole row groups, in threads that outlive it; ours does not.
-        parquet = bool(files) and all(str(f).endswith(".parquet") for found in files.values() for f in found)
-        streams = files if parquet else dict(builder.as_streaming_dataset())
+        direct = bool(files) and all(str(f).endswith(".parquet") for found in files.values() for f in found)
+        streams = files if direct else dict(builder.as_streaming_dataset())
     splits = {str(key): value for key, value in streams.items()}
     known = ", ".join(splits) or "none"
     if split is None:
@@ -80,10 +80,10 @@ def _streamed(builder: Any, name: str, split: str | None, offline: bool, report:
 
     def rows(columns: tuple[str, ...]) -> Rows:
         with _explained(name, offline):
-            if parquet:
+            if direct:
                 for file in found:
                     place = str(file).rpartition(f"@{report.get('revision')}/")[2]
-                    yield from calibration_parquet.rows(_open(str(file)), f"{where}, {place}", columns)
+                    yield from parquet.rows(_open(str(file)), f"{where}, {place}", columns)
                 return
             with closing(iter(found)) as records:
                 for i, record in enumerate(records):

@@ -13,8 +13,8 @@ from typing import Any, ClassVar
 from pydantic import BaseModel, GetJsonSchemaHandler, SerializeAsAny, create_model, model_serializer, model_validator
 from pydantic_core import CoreSchema
 
-from quantkit.recipe_errors import problem, shown
-from quantkit.recipe_scheme import Part
+from quantkit.recipe.errors import problem, shown
+from quantkit.recipe.scheme import Part
 
 
 class Named(Part):

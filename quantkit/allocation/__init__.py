@@ -1,9 +1,9 @@
 """Bit allocation: from `scheme: {auto: ...}` to a recipe that says of each layer which of several schemes it gets.
 
-    outline   what there is to choose, from headers alone (quantkit/candidates.py)
+    outline   what there is to choose, from headers alone (quantkit/allocation/candidates.py)
     measure   what each candidate costs each group of layers: KL divergence at the end of the model, predicted from the
-              error of the group's outputs and the model's answer to such an error (quantkit/sensitivity.py)
-    choose    the choice of least predicted KL within the budget, exactly (quantkit/knapsack.py)
+              error of the group's outputs and the model's answer to such an error (quantkit/allocation/sensitivity.py)
+    choose    the choice of least predicted KL within the budget, exactly (quantkit/allocation/knapsack.py)
 
 What comes out is a recipe like one written by hand, so everything after it is as for any other, and the recipe beside
 the weights gives the same bytes again without measuring. The budget is in bits a weight as stored, scales and zero
@@ -21,12 +21,13 @@ from typing import Any
 
 import torch
 
-from quantkit import calibration, knapsack, losses, pipeline, sensitivity
+from quantkit import calibration, pipeline
 from quantkit import plan as planning
-from quantkit.candidates import Outline, outline
+from quantkit.allocation import knapsack, losses, sensitivity
+from quantkit.allocation.candidates import Outline, outline
+from quantkit.allocation.sensitivity import Measured
 from quantkit.progress import Progress, Silent
 from quantkit.recipe import Recipe
-from quantkit.sensitivity import Measured
 
 LINEAR = (0.8, 1.25)  # what a quarter of the noise may do, times four, over what all of it does
 

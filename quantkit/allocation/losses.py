@@ -23,7 +23,7 @@ from quantkit import blocks, solve
 from quantkit.errors import InputError
 from quantkit.numerics._activations import fake_quantize
 from quantkit.plan import Linear, Plan
-from quantkit.recipe_named import Method
+from quantkit.recipe.named import Method
 from quantkit.types import QParams, Scheme, Stats
 
 GPTQ = Method.model_validate("gptq")

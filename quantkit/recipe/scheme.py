@@ -18,8 +18,8 @@ from pydantic_core import CoreSchema
 
 from quantkit import presets
 from quantkit.presets import PRESETS, UNQUANTIZED, GroupSize
-from quantkit.recipe_errors import hint, problem, shown
-from quantkit.recipe_overrides import NONE
+from quantkit.recipe.errors import hint, problem, shown
+from quantkit.recipe.overrides import NONE
 from quantkit.types import Scheme, TensorScheme
 
 AUTO_FORM = "{auto: {bits: 4.25, candidates: [W3A16, W4A16, W8A16]}}"
