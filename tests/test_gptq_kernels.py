@@ -2,51 +2,31 @@
 
 from __future__ import annotations
 
-import importlib
-import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from triton_tools import CAPABILITIES, SHARED, compile_kernel, interpreted, resources
 
 from quantkit import numerics
 from quantkit.types import QParams, QuantizedTensor, TensorScheme
 
-_INTERPRETED: dict[str, ModuleType] = {}
 
-
-def _take() -> dict[str, ModuleType]:
-    """Triton and the kernels out of the imported modules, but for Triton's machine code, which loads only once."""
-    names = [name for name in sys.modules if name.split(".")[0] in ("quantkit_kernels", "triton")]
-    return {name: sys.modules.pop(name) for name in names if not name.startswith("triton._C")}
+@pytest.fixture
+def gptq() -> Iterator[Any]:
+    """The module, with its kernels interpreted."""
+    with interpreted("_columns", "_search", "gptq", "scales") as modules:
+        yield modules["gptq"]
 
 
 @pytest.fixture
-def gptq(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """The module, with its kernels interpreted.
-
-    Triton decides that when a kernel is defined, those in Triton itself included, so both are imported anew.
-    """
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    outside = _take()
-    try:
-        sys.modules.update(_INTERPRETED)
-        for name in ("_columns", "_search", "gptq", "scales"):
-            importlib.import_module(f"quantkit_kernels.{name}")
-        yield sys.modules["quantkit_kernels.gptq"]
-    finally:
-        _INTERPRETED.update(_take())
-        sys.modules.update(outside)
-
-
-@pytest.fixture
-def scales(gptq: Any) -> Any:
-    return sys.modules["quantkit_kernels.scales"]
+def scales() -> Iterator[Any]:
+    with interpreted("_columns", "_search", "gptq", "scales") as modules:
+        yield modules["scales"]
 
 
 def tuning(gptq: Any, **kw: int) -> Any:
@@ -406,53 +386,6 @@ def test_a_machine_without_triton_imports_the_modules() -> None:
     assert done.stdout.split() == ["False", "False"]
 
 
-# What one thread block may have, in bytes, by compute capability; the compiler does not say when it is exceeded.
-SHARED = {80: 166_912, 89: 101_376, 90: 232_448, 100: 232_448}
-CAPABILITIES = sorted(SHARED)
-
-
-def compile_kernel(
-    kernel: Any, constants: dict[str, Any], capability: int, types: dict[str, str], **options: Any
-) -> Any:
-    """Compiles for a GPU that need not be there. All pointers and sizes are multiples of 16, as they are for models."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    names = kernel.arg_names
-    signature = {
-        name: "constexpr" if name in constants else types.get(name, "*fp32" if name.endswith("_ptr") else "i32")
-        for name in names
-    }
-    aligned = [
-        i for i, name in enumerate(names) if signature[name] not in ("constexpr", "fp32") and name != "first_group"
-    ]
-    source = ASTSource(
-        fn=kernel,
-        signature=signature,
-        constexprs={(names.index(name),): value for name, value in constants.items()},
-        attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
-    )
-    return triton.compile(
-        source, target=GPUTarget("cuda", capability, 32), options={"enable_fp_fusion": False, **options}
-    )
-
-
-def registers_and_stack(compiled: Any, folder: Path) -> tuple[int, int] | None:
-    """Of the machine code, by NVIDIA's tool that comes with Triton; None where it does not."""
-    import triton.backends.nvidia
-
-    tool = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
-    if not tool.exists():
-        return None
-    file = folder / "kernel.cubin"
-    file.write_bytes(compiled.asm["cubin"])
-    output = subprocess.run([tool, "-res-usage", file], capture_output=True, text=True, check=True).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+)", output)
-    assert found, output
-    return int(found[1]), int(found[2])
-
-
 @pytest.mark.parametrize("kernel", ["loop", "descent", "refit", "search", "search row", "difference"])
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_machine_code(capability: int, kernel: str, tmp_path: Path) -> None:
@@ -506,10 +439,9 @@ def test_machine_code(capability: int, kernel: str, tmp_path: Path) -> None:
         assert "fma.rn" not in made.asm["ptx"]
     if kernel in ("loop", "descent"):
         assert made.asm["ptx"].count("bar") <= 2  # one, after a tile: no exchange through shared memory inside
-    used = registers_and_stack(made, tmp_path)
-    if used is not None:
-        assert used[1] <= 16, f"{used[1]} bytes of registers spilled"  # a pointer, kept aside to run more programs
-        assert used[0] <= 255
+    registers, stack = resources(made, tmp_path)
+    assert stack <= 16, f"{stack} bytes of registers spilled"  # a pointer, kept aside to run more programs
+    assert registers <= 255
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
