@@ -408,6 +408,7 @@ def describe(plan: Plan) -> dict[str, Any]:
     params = sum(x.shape[0] * x.shape[1] for x in plan.quantized)
     facts = [
         ("model", f"{plan.source.model} ({type(plan.skeleton.model).__name__}, {len(plan.structure.blocks)} blocks)"),
+        *([("transforms", ", then ".join(t.name for t in recipe.transforms))] if recipe.transforms else []),
         ("method", recipe.method_name),
         ("quantized", f"{len(plan.quantized)} linear layers, {params:,} weights"),
         *([("KV cache", f"{kv.number}, a scale a {kv.strategy}, calibrated")] if (kv := plan.kv_scheme) else []),
