@@ -7,67 +7,38 @@ model = quantkit.load(result.out)
 from __future__ import annotations
 
 import platform
-import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from pydantic import ValidationError
 
-from quantkit import allocation, calibration, formats, hub, output, packed, pipeline, skeleton
+from quantkit import allocation, calibration, hub, output, pipeline, validation
 from quantkit import plan as planning
-from quantkit.checkpoint import Checkpoint
-from quantkit.convert import dense_copy
 from quantkit.errors import GateError, InputError, MissingError
+from quantkit.loading import load
 from quantkit.profile import Profile
 from quantkit.progress import Progress, Silent
 from quantkit.recipe import Perplexity, Recipe
 from quantkit.recipe import Validation as Settings
 from quantkit.recipe.calibration import TextSource
-from quantkit.runtime import plugin
-from quantkit_eval import gate
-from quantkit_eval.compare import Comparison, compare
-from quantkit_eval.generate import continuation
-from quantkit_eval.windows import heldout_windows
+from quantkit.recipe.gates import Limit, limits
+from quantkit.validation import FAILED, UNVALIDATED, Validation
 
-VALIDATED, FAILED, UNVALIDATED = "validated", "failed", "unvalidated"
-SAMPLE_TOKENS = 48
-# Methods that transformers reads not at all, or with packages that need a GPU; and those that it reads on a GPU alone.
-NOT_LOADED = ("gptq", "awq", "modelopt")
-NOT_ON_CPU = (*NOT_LOADED, "fp8")
-
-
-@dataclass(frozen=True)
-class Validation:
-    """An output measured against its original. `status`: "validated" when every gate passed, else "failed".
-
-    notes  what was measured in the output's stead, and what of its quantization was not; empty when it was loaded
-    """
-
-    comparison: Comparison
-    gates: list[gate.GateResult]
-    samples: dict[str, str]
-    message: str
-    notes: tuple[str, ...] = ()
-
-    @property
-    def status(self) -> str:
-        return VALIDATED if all(g.passed for g in self.gates) else FAILED
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, as quantkit.json has them."""
-        return {
-            "status": self.status,
-            "message": self.message,
-            "comparison": self.comparison.to_dict(),
-            "gates": [asdict(g) for g in self.gates],
-            "samples": self.samples,
-            "notes": list(self.notes),
-        }
+__all__ = [
+    "Result",
+    "Validation",
+    "default_name",
+    "describe",
+    "load",
+    "pick_device",
+    "quantize",
+    "validate",
+    "versions",
+]
 
 
 @dataclass(frozen=True)
@@ -131,25 +102,32 @@ def quantize(
         (staging / output.RECIPE).write_text(text, "utf-8")
         summary = {**_summary(plan, done), "allocation": chosen}
         output.write_json(staging / output.SUMMARY, summary)
-        validation: Validation | None = None
+        proof: Validation | None = None
         unusable: GateError | None = None
         for line in timed.lines():
             progress.say(line)
         if settled.validation is not None:
             try:
-                validation = _validate(
-                    staging, plan.source, settled.validation, where, progress, done["layers"], settled
+                proof = validation.validate(
+                    staging,
+                    plan.source,
+                    settled.validation,
+                    settled.validation.gates.limits(),
+                    device=where,
+                    progress=progress,
+                    layers=done["layers"],
+                    trust_remote_code=settled.trust_remote_code,
                 )
-                outcome = validation.to_dict()
+                outcome = proof.to_dict()
                 if chosen is not None:
-                    progress.say(allocation.verdict(chosen, validation.comparison.kl))
+                    progress.say(allocation.verdict(chosen, proof.comparison.kl))
             except GateError as e:
                 unusable, outcome = e, {"status": FAILED, "message": str(e)}
             summary = {**summary, "status": outcome["status"], "validation": outcome}
             output.write_json(staging / output.SUMMARY, summary)
     if unusable is not None:
         raise GateError(f"{folder}: {unusable}")
-    return Result(folder, summary, validation)
+    return Result(folder, summary, proof)
 
 
 def validate(
@@ -159,13 +137,14 @@ def validate(
     data: str | None = None,
     windows: int | None = None,
     length: int | None = None,
-    gates: Mapping[str, float] | None = None,
+    gates: Mapping[str, Any] | None = None,
     device: str = "auto",
     progress: Progress | None = None,
 ) -> Validation:
     """Measures a quantized folder against its original, and marks the folder with the outcome when it is ours.
 
     What is not given is what the recipe beside the weights says. `against` is needed for other tools' checkpoints.
+    gates  as a recipe has them, in the place of the recipe's: {"kl": 0.05, "top1_agreement": {"limit": 0.9, ...}}
     Raises InputError when the folder or its original is missing or cannot be loaded, GateError when the folder's model
     computes NaN or Inf.
     """
@@ -192,9 +171,19 @@ def validate(
             f"{source.folder}: is not the model that {folder} was made from (fingerprint {source.fingerprint()[:12]}, "
             f"expected {expected[:12]}); name the right one with --against"
         )
-    layers, outcome = summary.get("layers", []), {}
+    judged = settings.gates.limits() if gates is None else _limits(gates)
+    outcome: dict[str, Any] = {}
     try:
-        result = _validate(folder, source, settings, pick_device(device), progress or Silent(), layers, recipe, gates)
+        result = validation.validate(
+            folder,
+            source,
+            settings,
+            judged,
+            device=pick_device(device),
+            progress=progress or Silent(),
+            layers=summary.get("layers", []),
+            trust_remote_code=recipe is not None and recipe.trust_remote_code,
+        )
         outcome = result.to_dict()
     except GateError as e:
         outcome = {"status": FAILED, "message": str(e)}
@@ -205,70 +194,13 @@ def validate(
     return result
 
 
-def load(path: str | Path, **kwargs: Any) -> Any:
-    """A checkpoint as a transformers model, its weights still packed.
-
-    kwargs  as for `AutoModelForCausalLM.from_pretrained`: dtype, device_map, ...
-    Raises InputError when the folder is no model or cannot be loaded.
-    """
-    plugin.install()
-    method = _quant_method(Path(path))
-    if method == "modelopt":  # transformers skips a method that it does not know, and leaves the weights random
-        raise InputError(
-            f"{path}: transformers does not read modelopt; quantkit convert {path} --to dense, and load that"
-        )
+def _limits(gates: Mapping[str, Any]) -> dict[str, Limit]:
     try:
-        return AutoModelForCausalLM.from_pretrained(path, **kwargs)
-    except (OSError, ValueError, KeyError, ImportError) as e:
-        why = (str(e).splitlines() or [type(e).__name__])[0][:300]
-        advice = f"; or quantkit convert {path} --to dense, and load that" if method in NOT_LOADED else ""
-        raise InputError(f"{path}: cannot be loaded: {why}{advice}") from e
-
-
-def _quant_method(folder: Path) -> str | None:
-    """The quant_method of a folder on this machine; None when it has none, or is a Hub id."""
-    if not (folder / "config.json").is_file():
-        return None
-    found = packed.find_config(folder, hub.read_json(folder / "config.json"))
-    return None if found is None else str(found.get("quant_method"))
-
-
-def _has_packed_experts(folder: Path, method: str, trust: bool) -> bool:
-    """Whether a folder packs experts each by itself, which transformers merges while loading."""
-    if method not in (formats.get(name).QUANT_METHOD for name in formats.names()):
-        return False  # another tool's own; transformers reads it or says why not
-    layers = packed.groups(formats.by_method(method), Checkpoint.open(folder).specs)
-    return skeleton.merges(folder, layers, trust_remote_code=trust)
-
-
-@contextmanager
-def _loadable(
-    folder: Path, device: torch.device, progress: Progress, *, trust: bool = False
-) -> Iterator[tuple[Path, tuple[str, ...]]]:
-    """The folder itself where transformers reads its format, else a dense copy of it for as long as this lasts.
-
-    The copy has the codes that are on disk, decoded and rounded to the model's dtype; it lies beside the folder. With
-    it comes what of the quantization it lacks.
-    """
-    method = _quant_method(folder)
-    if method in (NOT_ON_CPU if device.type == "cpu" else NOT_LOADED):
-        why = f"transformers does not read {method} here"
-    elif method is not None and _has_packed_experts(folder, method, trust):
-        why = "transformers decodes packed experts only of some formats"
-    else:
-        yield folder, ()
-        return
-    said = f"{why}: what is measured is a dense copy, decoded from the codes on disk"
-    progress.say(said)
-    try:
-        place = tempfile.TemporaryDirectory(prefix=f".{folder.name}.dense-", dir=folder.resolve().parent)
-    except OSError as e:
-        raise MissingError(f"{folder.resolve().parent}: no dense copy can be made here ({e.strerror})") from None
-    with place as copy:
-        missing = dense_copy(folder, Path(copy))
-        for line in missing:
-            progress.warn(line)
-        yield Path(copy), (said, *missing)
+        return limits(gates)
+    except ValidationError as e:
+        found = e.errors()[0]
+        where = ".".join(str(part) for part in found["loc"] if isinstance(part, str) and part not in ("limit", "level"))
+        raise InputError(f"gate {where}: {found['msg']}; got {found['input']!r}") from None
 
 
 def pick_device(device: str) -> torch.device:
@@ -325,40 +257,3 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             found[package] = "not installed"
     return found
-
-
-def _validate(
-    folder: Path,
-    source: hub.Source,
-    settings: Settings,
-    device: torch.device,
-    progress: Progress,
-    layers: list[dict[str, Any]],
-    recipe: Recipe | None,
-    gates: Mapping[str, float] | None = None,
-) -> Validation:
-    """Loads both models from disk, as a user would, and compares them."""
-    wanted = settings.perplexity
-    trust = recipe is not None and recipe.trust_remote_code
-    tokenizer = planning.tokenizer(source, trust_remote_code=trust)
-    texts = calibration.load_texts(**wanted.model_dump(include=set(TextSource.model_fields)), tokenizer=tokenizer)
-    windows = heldout_windows(texts, tokenizer, length=wanted.length, count=wanted.windows, warn=progress.warn)
-    dtype = torch.float32 if device.type == "cpu" else "auto"
-    progress.say(f"validation: {windows.shape[0]} windows of {windows.shape[1]} tokens from {wanted.data}")
-    original = load(source.folder, dtype=dtype, trust_remote_code=trust).to(device)
-    with _loadable(folder, device, progress, trust=trust) as (place, notes):
-        quantized = load(place, dtype=dtype, trust_remote_code=trust).to(device)
-    progress.begin(windows.shape[0], "window")
-    comparison = compare(original, quantized, windows, on_progress=lambda done, _: progress.item(done, "compared"))
-    progress.end()
-    limits = {k: v for k, v in settings.gates.model_dump().items() if v is not None} if gates is None else gates
-    results = gate.check(comparison, limits)
-    samples = {}
-    if settings.prompt:
-        samples = {
-            "prompt": settings.prompt,
-            "original": continuation(original, tokenizer, settings.prompt, SAMPLE_TOKENS),
-            "quantized": continuation(quantized, tokenizer, settings.prompt, SAMPLE_TOKENS),
-        }
-    message = gate.failure_message(results, gate.worst_layers(layers))
-    return Validation(comparison, results, samples, message, notes)

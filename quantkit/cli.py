@@ -199,23 +199,28 @@ def validate(
     _check_gates(validation)
 
 
-def _gates(items: list[str]) -> dict[str, float]:
-    """["kl=0.05"] -> {"kl": 0.05}, checked as a recipe's gates are."""
+def _gates(items: list[str]) -> dict[str, Any]:
+    """["kl=0.05", "recovery.gsm8k=0.97"] -> as a recipe's gates are, checked as those are."""
     from pydantic import ValidationError
 
-    from quantkit.recipe import Gates
     from quantkit.recipe.errors import hint
+    from quantkit.recipe.gates import AVERAGE, Gates
 
-    found: dict[str, float] = {}
+    found: dict[str, Any] = {}
     for item in items:
         name, equals, text = item.partition("=")
         if not equals:
             raise InputError(f"--gate {item}: expected name=value, such as kl=0.05")
-        if name not in Gates.model_fields:
+        top, _, task = name.partition(".")
+        if top not in Gates.model_fields or (task and top != "recovery"):
             raise InputError(f"--gate {item}: unknown gate {name}; {hint(name, [*Gates.model_fields])}")
         try:
-            found[name] = float(text)
-            Gates.model_validate({name: found[name]})
+            limit = float(text)
+            if top == "recovery":
+                found.setdefault(top, {})[task or AVERAGE] = limit
+            else:
+                found[top] = limit
+            Gates.model_validate(found)
         except ValidationError as error:
             raise InputError(f"--gate {item}: {error.errors()[0]['msg']}") from None
         except ValueError:

@@ -99,12 +99,14 @@ def print_result(summary: Mapping[str, Any], out: str | None = None) -> None:
         rows.append(["size", size(sizes["source_bytes"]) if sizes.get("source_bytes") else "", after, ""])
     if comparison:
         rows += _comparison_rows(comparison, gates)
+    if validation.get("flips"):
+        rows.append(_flip_row(validation["flips"], gates))
     out_to = console()
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for name in ("", "original", "quantized", "gate"):
         table.add_column(name)
     for row in rows:
-        passed = "failed" not in str(row[3])
+        passed = not row[3] or "passed" in str(row[3]) or "warning" in str(row[3])
         table.add_row(*map(printable, row[:3]), Text(str(row[3]), style="" if passed else "bold red"))
     if rows:
         out_to.print(table)
@@ -133,9 +135,19 @@ def _comparison_rows(comparison: Mapping[str, Any], gates: Mapping[str, Mapping[
     ]
 
 
+def _flip_row(flips: Mapping[str, Any], gates: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Next-token flips; the original's own are its floor."""
+    return ["next-token flips", f"{flips['floor']:.1%}", f"{flips['rate']['value']:.1%}", _gate(gates.get("flips"))]
+
+
 def _gate(gate: Mapping[str, Any] | None) -> str:
     """ "≤ 0.06 passed", or nothing when there is no such gate."""
     if gate is None:
         return ""
     sense = _SENSE.get(str(gate.get("sense")), str(gate.get("sense", "")))
-    return f"{sense} {gate['limit']:g} {'passed' if gate['passed'] else 'failed'}".strip()
+    outcome = {"pass": "passed", "fail": "failed"}.get(gate["outcome"], gate["outcome"])
+    if outcome != "passed" and gate.get("level") == "warn":
+        outcome += " (warning)"
+    elif outcome == "inconclusive":
+        outcome += f", needs {gate['needed']} {gate['unit']}"
+    return f"{sense} {gate['limit']:g} {outcome}".strip()

@@ -40,7 +40,7 @@ VALIDATION = {
         "kl_p99": 0.4,
         "top1_agreement": 0.8912,
     },
-    "gates": [{"name": "kl", "limit": 0.06, "value": 0.0431, "passed": True, "sense": "max"}],
+    "gates": [{"name": "kl", "limit": 0.06, "value": 0.0431, "outcome": "pass", "passed": True, "sense": "max"}],
     "samples": {"prompt": "To open", "original": " a file", "quantized": " a [bold]file\x1b[2J"},
 }
 SUMMARY = {
@@ -64,7 +64,8 @@ def raising(error: BaseException) -> Callable[..., NoReturn]:
 def validation(passed: bool) -> Any:
     """What the CLI reads of an api.Validation."""
     message = "" if passed else "kl is 0.0431, wanted at most 0.01; worst layers: model.layers.0.mlp.down_proj"
-    values = {**VALIDATION, "gates": [{**VALIDATION["gates"][0], "passed": passed}]}  # type: ignore[index]
+    gate = {**VALIDATION["gates"][0], "outcome": "pass" if passed else "fail", "passed": passed}  # type: ignore[index]
+    values = {**VALIDATION, "gates": [gate]}
     return SimpleNamespace(gates=[SimpleNamespace(passed=passed)], message=message, to_dict=lambda: values)
 
 

@@ -23,6 +23,7 @@ def test_each_word_stands_for_a_method() -> None:
     assert method(effort="default") == method() == method(method="gptq")
     assert method(effort="fast") == method(method="rtn")
     assert method(effort="default", scheme="MXFP4A16")["gptq"]["pre_shift"] == 0.25
+    assert method(scheme="MXFP4A16") == method(effort="default", scheme="MXFP4A16")
     best = method(effort="best")["gptq"]
     assert best["pre_shift"] == 0.5 and best["sweeps"] > method()["gptq"]["sweeps"] and best["signed_scales"]
 

@@ -268,7 +268,7 @@ def test_to_dict_is_plain_json(model, damaged, windows):
     short, long = found.to_dict(), found.to_dict(by_window=True)
     assert json.loads(json.dumps(short)) == short
     assert json.loads(json.dumps(long)) == long
-    assert set(long) - set(short) == {"kl_by_window", "nll_by_window", "nll_by_window_original"}
+    assert set(long) - set(short) == {"kl_by_window", "top1_by_window", "nll_by_window", "nll_by_window_original"}
     assert len(long["kl_by_window"]) == 7
 
 

@@ -55,11 +55,12 @@ LAYERS = (
         "quantkit.pipeline",
         "quantkit.allocation",
         "quantkit.convert",
+        "quantkit.loading",
         "quantkit.runtime",
         "quantkit.inspection",
     ),
     ("quantkit_eval",),
-    ("quantkit.api", "quantkit.report", "quantkit.doctor"),
+    ("quantkit.validation", "quantkit.api", "quantkit.report", "quantkit.doctor"),
     ("quantkit.cli", "quantkit.__main__", "quantkit"),
 )
 # What the kernels may import besides the standard library: they are of use without the rest.

@@ -15,7 +15,6 @@ from quantkit.presets import PRESETS
 from quantkit.recipe import Gates, Recipe, json_schema
 from quantkit.recipe.errors import known_keys
 from quantkit.types import Scheme, TensorScheme
-from quantkit_eval.gate import GATES
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 SHORT = "model: m\nscheme: W4A16\n"
@@ -40,7 +39,11 @@ def test_short_recipe_gets_every_default() -> None:
     assert recipe.method_options == algorithms.get("gptq").Options()
     assert (recipe.calibration.samples, recipe.calibration.length, recipe.calibration.packing) == (128, 2048, "concat")
     assert recipe.validation is not None
-    assert recipe.validation.gates.kl is None
+    assert {name: limit.limit for name, limit in recipe.validation.gates.limits().items()} == {
+        "kl": 0.15,
+        "perplexity_ratio": 1.15,
+        "top1_agreement": 0.78,
+    }
     assert recipe.export.shard_bytes == 5 * 10**9
     assert recipe.export.engines == ("transformers", "vllm")
 
@@ -160,7 +163,8 @@ def test_resolved_yaml_says_every_default_in_a_fixed_order() -> None:
         "length: 2048",
         "input_scale: absmax",
         "kv_cache: none",
-        "kl: null",
+        "kl: 0.15",
+        "recovery: null",
         "shard_size: 5GB",
     ):
         assert line in text
@@ -202,8 +206,11 @@ def test_every_problem_is_listed_once_in_the_order_of_the_file() -> None:
         ("validate: {perplexity: {window: 3}}", "unknown key validate.perplexity.window; did you mean windows?"),
         ("validate: {gates: {KL: 3}}", "unknown key validate.gates.KL; did you mean kl?"),
         ("validate:", "validate: expected a mapping, or none to leave validation out; got nothing"),
-        ("validate: {gates: {kl: -1}}", "validate.gates.kl: expected a number greater than or equal to 0, got -1"),
-        ("validate: {gates: {kl: .nan}}", "validate.gates.kl: expected a finite number, got nan"),
+        (
+            "validate: {gates: {kl: -1}}",
+            "validate.gates.kl.limit: expected a number greater than or equal to 0, got -1",
+        ),
+        ("validate: {gates: {kl: .nan}}", "validate.gates.kl.limit: expected a finite number, got nan"),
         ("validate: {gates: {top1_agreement: 85}}", "expected a number less than or equal to 1, got 85"),
         ("calibration: {samples: 0}", "calibration.samples: expected a number greater than or equal to 1, got 0"),
         ("calibration: {samples: true}", "calibration.samples: expected a whole number, got true"),
@@ -406,8 +413,42 @@ def test_rules_that_match_nothing_are_given_back() -> None:
     assert assigned(rules) == ([W4, W4, None, None], ["down_proj", "re:layers"])
 
 
-def test_a_recipe_may_set_every_gate_that_there_is() -> None:
-    assert list(Gates.model_fields) == list(GATES)
+@pytest.mark.parametrize(
+    ("scheme", "kl"),
+    [
+        ("W8A16", 0.01),
+        ("W8A8", 0.04),
+        ("FP8_DYNAMIC", 0.04),
+        ("W6A16", 0.06),
+        ("W4A16", 0.15),
+        ("W4AFP8", 0.15),
+        ("NVFP4A16", 0.15),
+        ("MXFP4", 0.4),
+        ("W3A16", 0.6),
+        ("W2A16", 1.2),
+        ("{auto: {bits: 4.5, candidates: [W3A16, W8A16]}}", 0.6),
+        ("W8A16\nrules: [{match: '*.up_proj', scheme: W4A16}]", 0.15),
+    ],
+)
+def test_a_recipe_without_gates_has_those_of_its_coarsest_scheme(scheme: str, kl: float) -> None:
+    text = f"model: m\nscheme: {scheme}\nexport: {{engines: [transformers]}}\n"
+    for recipe in (Recipe.parse(text), Recipe.parse(Recipe.parse(text).to_yaml())):
+        assert recipe.validation is not None and recipe.validation.gates.limits()["kl"].limit == kl
+    none = Recipe.parse(text, "r", ["validate.gates={}"])
+    assert none.validation is not None and none.validation.gates.limits() == {}
+
+
+def test_forms_of_a_gate() -> None:
+    gates = Gates.model_validate({"kl": {"limit": 0.1, "level": "warn"}, "recovery": {"average": 0.99, "gsm8k": 0.95}})
+    assert {name: (limit.limit, limit.level) for name, limit in gates.limits().items()} == {
+        "kl": (0.1, "warn"),
+        "recovery": (0.99, "fail"),
+        "recovery.gsm8k": (0.95, "fail"),
+    }
+    assert Gates.model_validate(gates.model_dump(mode="json")) == gates
+    assert Gates.model_validate({"recovery": 0.98}).limits()["recovery"].limit == 0.98
+    with pytest.raises(InputError, match="the gate flips needs generation"):
+        Recipe.parse("model: m\nscheme: W4A16\nvalidate: {generation: {prompts: 0}, gates: {flips: 0.1}}\n")
 
 
 # The schema

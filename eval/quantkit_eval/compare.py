@@ -10,11 +10,12 @@ The figures of each window are kept too: windows are the independent samples, to
 
 from __future__ import annotations
 
+import functools
 import math
 import statistics
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
@@ -46,15 +47,35 @@ class Comparison:
     kl_max: float
     top1_agreement: float
     kl_by_window: tuple[float, ...]
+    top1_by_window: tuple[float, ...]
     nll_by_window_original: tuple[float, ...]
     nll_by_window: tuple[float, ...]
 
     def to_dict(self, *, by_window: bool = False) -> dict[str, Any]:
-        """Plain numbers for JSON; with `by_window` also the three lists."""
+        """Plain numbers for JSON; with `by_window` also the lists."""
         figures = asdict(self)
         if not by_window:
             return {key: value for key, value in figures.items() if not isinstance(value, tuple)}
         return {key: list(value) if isinstance(value, tuple) else value for key, value in figures.items()}
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What was measured at each position of windows (W, L), on the CPU.
+
+    kl_WL      float64 nats
+    nll_*      (W, L - 1) float64 nats, of tokens 2 to L
+    agree_WL   bool: both models find the same token likeliest
+    """
+
+    kl_WL: torch.Tensor
+    nll_original: torch.Tensor
+    nll: torch.Tensor
+    agree_WL: torch.Tensor
+
+    def plus(self, other: Tokens) -> Tokens:
+        """Both samples of windows, of one length, as one."""
+        return Tokens(*(torch.cat([getattr(self, f.name), getattr(other, f.name)]) for f in fields(self)))
 
 
 def compare(
@@ -65,7 +86,19 @@ def compare(
     batch_size: int | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Comparison:
-    """Runs both models over the windows, batch by batch, and measures the distance between them.
+    """The distance between two models on the windows; see `measure`."""
+    return summary(measure(original, quantized, windows_WL, batch_size=batch_size, on_progress=on_progress))
+
+
+def measure(
+    original: torch.nn.Module,
+    quantized: torch.nn.Module,
+    windows_WL: torch.Tensor,
+    *,
+    batch_size: int | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Tokens:
+    """Runs both models over the windows, batch by batch, and measures the distance between them at each token.
 
     original, quantized   causal language models of transformers with one vocabulary, on any device or devices
     windows_WL            int64 (W, L) token ids, without padding
@@ -81,20 +114,16 @@ def compare(
             "compare a checkpoint with the model that it was made from"
         )
     size = batch_size or _batch_size(windows_WL.shape[1], vocabulary)
-    kl, nll_original, nll, same = [], [], [], 0
+    done = []
     with _evaluating(original), _evaluating(quantized):
         for start, batch in _batches(windows_WL, size):
             logits_p = _logits(original, "original", batch, start)
             logits_q = _logits(quantized, "quantized", batch, start).to(logits_p.device)
-            kl_BL, nll_p, nll_q, agree = _measure(logits_p, logits_q, batch.to(logits_p.device))
+            done.append(_measure(logits_p, logits_q, batch.to(logits_p.device)))
             del logits_p, logits_q
-            kl.append(kl_BL)
-            nll_original.append(nll_p)
-            nll.append(nll_q)
-            same += agree
             if on_progress:
                 on_progress(start + len(batch), len(windows_WL))
-    return _summary(torch.cat(kl), torch.cat(nll_original), torch.cat(nll), same)
+    return functools.reduce(Tokens.plus, done)
 
 
 def perplexity(
@@ -194,30 +223,31 @@ def _nll(logp_RV: torch.Tensor, targets_R: torch.Tensor) -> torch.Tensor:
     return -logp_RV.gather(1, targets_R[:, None])[:, 0].double().cpu()
 
 
-def _measure(
-    logits_p: torch.Tensor, logits_q: torch.Tensor, ids_BL: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
-    """Logits (B, L, V) of both models -> KL (B, L), both NLLs (B, L - 1), float64 on the CPU, and top-1 agreements."""
+def _measure(logits_p: torch.Tensor, logits_q: torch.Tensor, ids_BL: torch.Tensor) -> Tokens:
+    """Of the logits (B, L, V) of both models."""
     targets = ids_BL.roll(-1, 1)  # the last position has no next token: its column of NLL is cut off below
-    kl, nll_p, nll_q, same = [], [], [], 0
+    kl, nll_p, nll_q, same = [], [], [], []
     chunks_p, chunks_t = _row_chunks(logits_p, targets)
     (chunks_q,) = _row_chunks(logits_q)
     for p, q, t in zip(chunks_p, chunks_q, chunks_t, strict=True):
-        same += int((p.argmax(-1) == q.argmax(-1)).sum())
+        same.append((p.argmax(-1) == q.argmax(-1)).cpu())
         logp, logq = log_softmax(p.float(), -1), log_softmax(q.float(), -1)
         nll_p.append(_nll(logp, t))
         nll_q.append(_nll(logq, t))
         kl.append(logp.exp().mul_(logp.sub_(logq)).sum(-1, dtype=torch.float64).cpu())
     shape = ids_BL.shape
-    return (
+    return Tokens(
         torch.cat(kl).view(shape),
         torch.cat(nll_p).view(shape)[:, :-1],
         torch.cat(nll_q).view(shape)[:, :-1],
-        same,
+        torch.cat(same).view(shape),
     )
 
 
-def _summary(kl_WL: torch.Tensor, nll_p: torch.Tensor, nll_q: torch.Tensor, same: int) -> Comparison:
+def summary(tokens: Tokens) -> Comparison:
+    """The figures of all windows together."""
+    kl_WL, nll_p, nll_q = tokens.kl_WL, tokens.nll_original, tokens.nll
+    top1 = tokens.agree_WL.double().mean(1)
     kl_by_window = kl_WL.mean(1).tolist()
     count = len(kl_by_window)
     mean_p, mean_q = nll_p.mean().item(), nll_q.mean().item()
@@ -232,8 +262,9 @@ def _summary(kl_WL: torch.Tensor, nll_p: torch.Tensor, nll_q: torch.Tensor, same
         kl_stderr=statistics.stdev(kl_by_window) / math.sqrt(count) if count > 1 else None,
         kl_p99=kl_WL.flatten().kthvalue(rank).values.item(),
         kl_max=kl_WL.max().item(),
-        top1_agreement=same / kl_WL.numel(),
+        top1_agreement=top1.mean().item(),
         kl_by_window=tuple(kl_by_window),
+        top1_by_window=tuple(top1.tolist()),
         nll_by_window_original=tuple(nll_p.mean(1).tolist()),
         nll_by_window=tuple(nll_q.mean(1).tolist()),
     )

@@ -1,66 +1,92 @@
-"""Gates: the figures a quantized model must reach before it counts as done.
+"""Gates: the figures a quantized model must keep before it counts as done, each judged with its uncertainty.
 
-A gate is a name, the side on which its limit lies, and where its value is read from a Comparison.
-A value that is NaN passes no gate. A new gate is one line in `GATES`.
+A gate asks for non-inferiority: it passes when the figure is on the good side of its limit with 95 % confidence, fails
+when it is on the bad side with as much, and is inconclusive between, with the number of samples that it would take.
+What does not pass is not proved, so it is no success either; a gate of level "warn" is told and stops nothing. NaN
+fails.
 """
 
 from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 from quantkit.errors import InputError
+from quantkit.recipe.gates import Limit
 from quantkit_eval.compare import Comparison
+from quantkit_eval.intervals import Interval, Outcome, Sense, mean_interval, verdict
 
-Sense = Literal["max", "min"]
-
-
-@dataclass(frozen=True)
-class Gate:
-    """sense "max": the value must not be above the limit; "min": not below it."""
-
-    sense: Sense
-    read: Callable[[Comparison], float]
-
-
-GATES: dict[str, Gate] = {
-    "kl": Gate("max", lambda c: c.kl),
-    "perplexity_ratio": Gate("max", lambda c: c.perplexity_ratio),
-    "top1_agreement": Gate("min", lambda c: c.top1_agreement),
-}
+# What is counted where a figure's samples are not windows.
+UNITS = {"flips": "prompts", "recovery": "items"}
 
 
 @dataclass(frozen=True)
 class GateResult:
-    """One gate, judged."""
+    """One gate, judged.
+
+    low, high  one-sided bounds of 95 % each; needed: samples (`unit`) that would decide an inconclusive one
+    """
 
     name: str
     limit: float
     value: float
-    passed: bool
+    low: float
+    high: float
+    outcome: Outcome
+    needed: int | None
+    samples: int
+    unit: str
+    level: str
     sense: Sense
 
+    @property
+    def passed(self) -> bool:
+        """Whether nothing stands in the way: it passed, or only warns."""
+        return self.outcome == "pass" or self.level == "warn"
 
-def check(comparison: Comparison, gates: Mapping[str, float]) -> list[GateResult]:
-    """Judges each gate of `gates` (name -> limit), in its order; a value equal to its limit passes.
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "passed": self.passed}
 
-    Raises InputError for a gate that does not exist, or a limit that is no number.
-    """
+
+def sense(name: str) -> Sense:
+    """On which side of its limit a figure must be."""
+    return "min" if name == "top1_agreement" or name.startswith("recovery") else "max"
+
+
+def figures(comparison: Comparison) -> dict[str, Interval]:
+    """What a comparison on windows says: kl, perplexity_ratio and top1_agreement, with windows as samples."""
+    pairs = zip(comparison.nll_by_window, comparison.nll_by_window_original, strict=True)
+    log_ratio = mean_interval([q - p for q, p in pairs])
+    return {
+        "kl": mean_interval(comparison.kl_by_window),
+        "perplexity_ratio": _exp(log_ratio),
+        "top1_agreement": mean_interval(comparison.top1_by_window),
+    }
+
+
+def _exp(x: Interval) -> Interval:
+    def exp(y: float) -> float:
+        return math.exp(y) if y < 709 else math.inf
+
+    error = None if x.stderr is None else x.stderr * exp(x.value)
+    return replace(x, value=exp(x.value), low=exp(x.low), high=exp(x.high), stderr=error)
+
+
+def check(measured: Mapping[str, Interval], gates: Mapping[str, Limit]) -> list[GateResult]:
+    """Judges each gate of `gates`, in its order. Raises InputError for a gate of something that was not measured."""
     results = []
-    for name, limit in gates.items():
-        if name not in GATES:
-            close = difflib.get_close_matches(name, GATES, n=1)
+    for name, gate in gates.items():
+        if name not in measured:
+            close = difflib.get_close_matches(name, measured, n=1)
             hint = f"did you mean {close[0]!r}? " if close else ""
-            raise InputError(f"unknown gate {name!r}; {hint}known: {', '.join(GATES)}")
-        if isinstance(limit, bool) or not isinstance(limit, (int, float)) or math.isnan(limit):
-            raise InputError(f"gate {name!r} needs a number as its limit; got {limit!r}")
-        gate = GATES[name]
-        value = gate.read(comparison)
-        passed = value <= limit if gate.sense == "max" else value >= limit  # false for NaN either way
-        results.append(GateResult(name, float(limit), value, passed, gate.sense))
+            raise InputError(f"gate {name!r}: nothing of that name was measured; {hint}there are {', '.join(measured)}")
+        found, side = measured[name], sense(name)
+        judged = verdict(found, gate.limit, side)
+        figures = (gate.limit, found.value, found.low, found.high, judged.outcome, judged.needed, found.samples)
+        results.append(GateResult(name, *figures, UNITS.get(name.split(".")[0], "windows"), gate.level, side))
     return results
 
 
@@ -78,22 +104,36 @@ def worst_layers(layers: Sequence[Mapping[str, Any]], n: int = 3) -> list[Mappin
     return sorted(measured, key=badness, reverse=True)[:n]
 
 
+def said(result: GateResult) -> str:
+    """ "kl is 0.0712 (0.0698 to 0.0726), the gate wants at most 0.06"."""
+    wants = f"at {'most' if result.sense == 'max' else 'least'} {result.limit:.5g}"
+    text = f"{result.name} is {result.value:.5g} ({result.low:.5g} to {result.high:.5g}), the gate wants {wants}"
+    if result.outcome != "inconclusive":
+        return text
+    return f"{text}: inconclusive with {result.samples} {result.unit}, it would take {result.needed}"
+
+
 def failure_message(results: Sequence[GateResult], worst: Sequence[Mapping[str, Any]]) -> str:
-    """One paragraph: which gates failed by what figures, the worst layers, what to try; "" if all passed."""
-    failed = [result for result in results if not result.passed]
-    if not failed:
+    """One paragraph: which gates were missed by what figures, the worst layers, what to try; "" if none was."""
+    missed = [result for result in results if not result.passed]
+    if not missed:
         return ""
-    figures = "; ".join(
-        f"{r.name} is {r.value:.5g}, the gate wants {'at most' if r.sense == 'max' else 'at least'} {r.limit:.5g}"
-        for r in failed
-    )
-    parts = [f"{'gate' if len(failed) == 1 else 'gates'} failed: {figures}."]
+    failed = [r for r in missed if r.outcome == "fail"]
+    parts = []
+    if failed:
+        parts.append(f"{'gate' if len(failed) == 1 else 'gates'} failed: {'; '.join(map(said, failed))}.")
+    if undecided := [r for r in missed if r.outcome == "inconclusive"]:
+        parts.append(f"Not proved: {'; '.join(map(said, undecided))}.")
+        parts.append("Give more samples (validate.perplexity.most, or more items), or a limit that leaves room.")
+    if not failed:
+        return " ".join(parts)
     keep = "a rule {match: LAYER, scheme: W8A16} for the layers that lose most"
     if worst:
         layers = ", ".join(f"{w['name']} ({w.get('scheme')}) {float(w['relative_error']):.3g}" for w in worst)
         parts.append(f"Layers with the largest relative error: {layers}.")
         keep = f"a rule {{match: {worst[0]['name']}, scheme: W8A16}}, and the same for the others named"
     parts.append(
-        f"Try a finer group (group_size 64 or 32), {keep}, another method (gptq instead of rtn), or more bits."
+        f"Try a finer group (group_size 64 or 32), {keep}, another method (gptq instead of rtn), or more bits; "
+        "validate.repair does the second by itself."
     )
     return " ".join(parts)

@@ -29,9 +29,11 @@ from pydantic import (
 
 from quantkit import strict_yaml
 from quantkit.errors import InputError
+from quantkit.recipe import gates as gating
 from quantkit.recipe.calibration import Calibration, TextSource
 from quantkit.recipe.effort import Effort, method_of
 from quantkit.recipe.errors import explain, hint, problem, shown
+from quantkit.recipe.gates import Gates
 from quantkit.recipe.named import Method, Transform
 from quantkit.recipe.overrides import override
 from quantkit.recipe.scheme import FP8_CACHE, NONE, KvCacheSpec, Part, RecipeScheme, SchemeSpec
@@ -74,27 +76,35 @@ class Perplexity(TextSource):
         description="As in calibration; other texts. Of a larger source, the first 16 million characters.",
     )
     windows: int = Field(default=40, ge=1, le=10**6, description="Windows of tokens to compare on.")
+    most: int | None = Field(
+        default=None,
+        ge=1,
+        le=10**6,
+        description="Windows to go to where fewer do not decide a gate; by default 4 times.",
+    )
     length: int = Field(default=512, ge=2, le=2**20, description="Tokens a window.")
 
 
-class Gates(Part):
-    """Limits that the output must keep; a gate that is not given is not checked."""
+class Generation(Part):
+    """The original generates greedily; counted is where the output would have gone another way."""
 
-    kl: float | None = Field(default=None, ge=0, description="Largest mean KL divergence, in nats a token.")
-    perplexity_ratio: float | None = Field(
-        default=None, gt=0, description="Largest perplexity, as a multiple of the original's."
-    )
-    top1_agreement: float | None = Field(
-        default=None, ge=0, le=1, description="Smallest share of tokens whose likeliest next token is the original's."
-    )
+    prompts: int = Field(default=20, ge=0, le=10**5, description="Texts to go on from; 0 leaves this out.")
+    tokens: int = Field(default=64, ge=1, le=2**16, description="Tokens generated for each.")
 
 
 class Validation(Part):
     """What is measured on the output, reloaded from disk, and what it must reach."""
 
     perplexity: Perplexity = Perplexity()
+    generation: Generation = Generation()
     prompt: str | None = Field(default=None, description="Both models continue this text, to be shown side by side.")
-    gates: Gates = Gates()
+    gates: Gates = Field(default=Gates(), description="Without any, wide ones by the scheme; {} for none.")
+
+    @model_validator(mode="after")
+    def _gates_are_measured(self) -> Validation:
+        if self.gates.flips is not None and not self.generation.prompts:
+            raise problem("the gate flips needs generation: generation.prompts is 0")
+        return self
 
 
 def _none_is_off(value: Any) -> Any:
@@ -197,7 +207,7 @@ class Recipe(Part):
         default=None,
         exclude=True,
         description="In place of method: fast reads no data, default is gptq, best is gptq with all that lowers its "
-        "error at several times the cost.",
+        "error at several times the cost. Without either, default.",
     )
     calibration: Calibration = Calibration()
     validation: Annotated[Validation | None, BeforeValidator(_none_is_off)] = Field(
@@ -296,14 +306,20 @@ class Recipe(Part):
             tree["model"], sets[("model",)] = str(model), f"--model {model}"
         try:
             recipe = cls.model_validate(tree)
-            if recipe.effort is None:
-                return recipe
-            specs = (recipe.scheme, *(rule.scheme for rule in recipe.rules))
-            schemes = [scheme for spec in specs for scheme in spec.schemes()]
-            method = method_of(recipe.effort, schemes, recipe.export.engines)
-            return recipe.model_copy(update={"method": method, "effort": None})
+            return recipe._settled()
         except ValidationError as error:
             raise explain(error, json_schema(), where, lines, sets) from None
+
+    def _settled(self) -> Recipe:
+        """With what the schemes decide, where the recipe does not say it: the method of an effort, and gates."""
+        specs = (self.scheme, *(rule.scheme for rule in self.rules))
+        schemes = [scheme for spec in specs for scheme in spec.schemes()]
+        changes: dict[str, Any] = {"effort": None}
+        if "method" not in self.model_fields_set:
+            changes["method"] = method_of(self.effort or "default", schemes, self.export.engines)
+        if self.validation is not None and "gates" not in self.validation.model_fields_set:
+            changes["validation"] = self.validation.model_copy(update={"gates": gating.default(schemes)})
+        return self.model_copy(update=changes)
 
     def to_dict(self) -> dict[str, Any]:
         """The resolved recipe as plain values: every default explicit, keys in the order of this class."""
