@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 
-from quantkit import allocation, calibration, hub, output, pipeline, validation
+from quantkit import allocation, calibration, hub, output, pipeline, repair, validation
 from quantkit import plan as planning
 from quantkit.errors import GateError, InputError, MissingError
 from quantkit.loading import load
@@ -27,6 +27,7 @@ from quantkit.recipe import Validation as Settings
 from quantkit.recipe.calibration import TextSource
 from quantkit.recipe.gates import Limit, limits
 from quantkit.validation import FAILED, UNVALIDATED, Validation
+from quantkit_eval import gate
 
 __all__ = [
     "Result",
@@ -82,52 +83,117 @@ def quantize(
     if calibration_data is not None:
         overrides = (*overrides, f"calibration.data={calibration.PYTHON}")
     settled = Recipe.from_any(recipe, overrides, model=model)
+    again = settled.scheme.auto is not None or (
+        settled.validation is not None and settled.validation.repair is not None
+    )
+    if calibration_data is not None and again:
+        calibration_data = list(calibration_data)  # read more than once
     where = pick_device(device)
     source = hub.resolve(settled.model)
     folder = Path(out).expanduser() if out is not None else Path(default_name(source, settled))
     chosen: dict[str, Any] | None = None
     if settled.scheme.auto is not None:
         output.check(folder, source.folder, None, overwrite=True)  # what is never replaced, before anything is measured
-        calibration_data = None if calibration_data is None else list(calibration_data)  # read twice
         settled, chosen = allocation.allocate(settled, device=where, progress=progress, texts=calibration_data)
     plan = planning.make(settled)
-    text = settled.to_yaml()
-    output.check(folder, plan.source.folder, text, overwrite=overwrite)
+    output.check(folder, plan.source.folder, settled.to_yaml(), overwrite=overwrite)
     progress.say(f"{plan.source.model}: {len(plan.quantized)} linear layers to quantize, {len(plan.dense)} left dense")
+    if settled.validation is not None and settled.validation.repair is not None:
+        repair.check(plan, settled.validation.repair)
     timed = Profile(where, on=profile)
+    run = _Run(where, progress, timed, calibration_data, chosen)
     with output.staged(folder) as staging:
-        done = pipeline.quantize(
-            plan, staging, device=where, progress=progress, profile=timed, calibration_data=calibration_data
-        )
-        (staging / output.RECIPE).write_text(text, "utf-8")
-        summary = {**_summary(plan, done), "allocation": chosen}
-        output.write_json(staging / output.SUMMARY, summary)
-        proof: Validation | None = None
-        unusable: GateError | None = None
+        summary, proof, unusable = _repaired(plan, staging, run)
         for line in timed.lines():
             progress.say(line)
-        if settled.validation is not None:
-            try:
-                proof = validation.validate(
-                    staging,
-                    plan.source,
-                    settled.validation,
-                    settled.validation.gates.limits(),
-                    device=where,
-                    progress=progress,
-                    layers=done["layers"],
-                    trust_remote_code=settled.trust_remote_code,
-                )
-                outcome = proof.to_dict()
-                if chosen is not None:
-                    progress.say(allocation.verdict(chosen, proof.comparison.kl))
-            except GateError as e:
-                unusable, outcome = e, {"status": FAILED, "message": str(e)}
-            summary = {**summary, "status": outcome["status"], "validation": outcome}
-            output.write_json(staging / output.SUMMARY, summary)
     if unusable is not None:
         raise GateError(f"{folder}: {unusable}")
     return Result(folder, summary, proof)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What one call of `quantize` works with. allocation: the report of a choice of schemes, if there was one."""
+
+    device: torch.device
+    progress: Progress
+    profile: Profile
+    texts: Any
+    allocation: dict[str, Any] | None
+
+
+_Outcome = tuple[dict[str, Any], Validation | None, GateError | None]
+
+
+def _repaired(plan: planning.Plan, staging: Path, run: _Run) -> _Outcome:
+    """`_once`, and again with more bits for the worst layers, where gates fail and the recipe asks for repair."""
+    summary, proof, unusable = _once(plan, staging, run)
+    settings = plan.recipe.validation.repair if plan.recipe.validation is not None else None
+    layers, steps = summary["layers"], []
+    before: repair.Step | None = None
+    while settings is not None and proof is not None and any(g.outcome == "fail" and not g.passed for g in proof.gates):
+        step = repair.next_step(plan, settings, layers, before)
+        if step is None:
+            run.progress.say("repair: no more layers can be kept in higher precision within validate.repair.size")
+            break
+        names = ", ".join(step.groups[:3]) + (f" and {len(step.groups) - 3} more" if len(step.groups) > 3 else "")
+        failed = "; ".join(gate.said(g) for g in proof.gates if not g.passed)
+        run.progress.say(f"repair: {failed}. Again, with {step.scheme} for {names}")
+        output.empty(staging)
+        summary, proof, unusable = _once(step.plan, staging, run)
+        steps.append(
+            {
+                "scheme": step.scheme,
+                "groups": list(step.groups),
+                "output_bytes": step.plan.output_bytes,
+                "kl": None if proof is None else proof.comparison.kl,
+                "status": summary["status"],
+            }
+        )
+        before = step
+    if steps:
+        summary = {**summary, "repair": {"first_bytes": plan.output_bytes, "steps": steps}}
+        output.write_json(staging / output.SUMMARY, summary)
+    return summary, proof, unusable
+
+
+def _once(plan: planning.Plan, staging: Path, run: _Run) -> _Outcome:
+    """Quantizes into an empty folder, and measures it: quantkit.json's content, the proof, or why it is unusable."""
+    done = pipeline.quantize(
+        plan,
+        staging,
+        device=run.device,
+        progress=run.progress,
+        profile=run.profile,
+        calibration_data=run.texts,
+    )
+    (staging / output.RECIPE).write_text(plan.recipe.to_yaml(), "utf-8")
+    summary = {**_summary(plan, done), "allocation": run.allocation}
+    output.write_json(staging / output.SUMMARY, summary)
+    settings = plan.recipe.validation
+    if settings is None:
+        return summary, None, None
+    proof: Validation | None = None
+    unusable: GateError | None = None
+    try:
+        proof = validation.validate(
+            staging,
+            plan.source,
+            settings,
+            settings.gates.limits(),
+            device=run.device,
+            progress=run.progress,
+            layers=done["layers"],
+            trust_remote_code=plan.recipe.trust_remote_code,
+        )
+        outcome = proof.to_dict()
+        if run.allocation is not None:
+            run.progress.say(allocation.verdict(run.allocation, proof.comparison.kl))
+    except GateError as e:
+        unusable, outcome = e, {"status": FAILED, "message": str(e)}
+    summary = {**summary, "status": outcome["status"], "validation": outcome}
+    output.write_json(staging / output.SUMMARY, summary)
+    return summary, proof, unusable
 
 
 def validate(

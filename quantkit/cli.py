@@ -235,6 +235,24 @@ def _check_gates(validation: Validation | None) -> None:
 
 @app.command()
 @_guarded
+def compare(
+    folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Validated outputs.", show_default=False)],
+    out: Annotated[Path | None, typer.Option("--out", help="A folder for compare.md and compare.svg.")] = None,
+) -> None:
+    """Set several validated outputs side by side: size, accuracy, and what passed."""
+    from quantkit import comparison, report
+
+    found = comparison.read(folders)
+    section = comparison.report(found)
+    report.print_section(section)
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        comparison.plot(found, out / "compare.svg")
+        (out / "compare.md").write_text(comparison.markdown(section) + "\n![size against KL](compare.svg)\n", "utf-8")
+
+
+@app.command()
+@_guarded
 def inspect(
     path: Annotated[
         str, typer.Argument(metavar="MODEL_OR_DIR", help="A Hub id, a folder, or builtin:NAME.", show_default=False)

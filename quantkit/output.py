@@ -68,6 +68,13 @@ def staged(out: Path) -> Iterator[Path]:
         os.close(lock)
 
 
+def empty(folder: Path) -> None:
+    """Removes what `staged` gave to write in, for another try."""
+    for path in folder.iterdir():
+        if path.name != LOCK:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
 def _acquire(folder: Path) -> int:
     """Makes the folder, with a lock in it that another run can see and that ends with this process."""
     try:
@@ -89,9 +96,7 @@ def _acquire(folder: Path) -> int:
         raise InputError(
             f"{folder}: another run is writing this output; wait for it, or choose another --out"
         ) from None
-    for path in folder.iterdir():
-        if path.name != LOCK:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    empty(folder)
     return handle
 
 

@@ -54,13 +54,14 @@ LAYERS = (
         "quantkit.tuning",
         "quantkit.pipeline",
         "quantkit.allocation",
+        "quantkit.repair",
         "quantkit.convert",
         "quantkit.loading",
         "quantkit.runtime",
         "quantkit.inspection",
     ),
     ("quantkit_eval",),
-    ("quantkit.validation", "quantkit.api", "quantkit.report", "quantkit.doctor"),
+    ("quantkit.validation", "quantkit.comparison", "quantkit.api", "quantkit.report", "quantkit.doctor"),
     ("quantkit.cli", "quantkit.__main__", "quantkit"),
 )
 # What the kernels may import besides the standard library: they are of use without the rest.
@@ -104,7 +105,7 @@ def texts() -> Iterator[tuple[Path, str]]:
     """Text that people write: not the embedded model and its texts, but their README files."""
     for name in files():
         data = (ROOT / name).read_bytes()
-        if b"\0" in data or ("assets" in name.parts and name.name != "README.md"):
+        if b"\0" in data or ({"assets", "tasks"} & {*name.parts} and name.name != "README.md"):
             continue
         yield name, data.decode()
 

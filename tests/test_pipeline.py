@@ -25,7 +25,11 @@ from quantkit.errors import GateError, InputError, MissingError, QuantkitError
 from quantkit.recipe import Recipe
 
 CALIBRATION = {"data": "builtin:pydocs", "samples": 6, "length": 64, "batch_size": 4}
-CHECK = {"perplexity": {"data": "builtin:pydocs-heldout", "windows": 2, "length": 32}}
+CHECK = {
+    "perplexity": {"data": "builtin:pydocs-heldout", "windows": 2, "length": 32},
+    "generation": {"prompts": 2, "tokens": 4},
+    "gates": {"kl": 1.0},
+}
 
 
 def recipe(model: object, **changes: object) -> dict[str, object]:

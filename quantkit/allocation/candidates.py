@@ -100,7 +100,7 @@ class Outline:
         often = Counter(chosen)
         default = max(range(len(self.auto.candidates)), key=lambda c: (often[c], -c))
         specs = [self.auto.candidates[c] for c in chosen]
-        return _written(self.recipe, self.groups, specs, self.auto.candidates[default])
+        return written(self.recipe, self.groups, specs, self.auto.candidates[default])
 
 
 def outline(recipe: Recipe) -> Outline:
@@ -122,14 +122,14 @@ def outline(recipe: Recipe) -> Outline:
             f"scheme.auto.bits: {auto.bits:g} bits a weight cannot be reached; the smallest candidate for every layer "
             f"takes {reach:.4f}: raise bits to that, or add a smaller candidate"
         )
-    plan = planning.make(_written(recipe, (), (), auto.candidates[first]), model)
+    plan = planning.make(written(recipe, (), (), auto.candidates[first]), model)
     return Outline(recipe, auto, plan, groups, capacity, tuple(warnings))
 
 
 # Groups --------------------------------------------------------------------------------------------------------------
 
 
-def _groups(plan: Plan) -> tuple[Group, ...]:
+def groups_of(plan: Plan) -> tuple[Group, ...]:
     """The layers that the recipe's scheme decides, those of one group together, in the order of the model."""
     by_module = plan.linears
     alike = [[by_module[m].name for m in group] for block in plan.structure.blocks for group in block.groups]
@@ -183,7 +183,7 @@ class _Trials:
             if spec.resolve() is None:
                 continue
             try:
-                groups = _groups(planning.make(_written(self.recipe, (), (), spec), self.model))
+                groups = groups_of(planning.make(written(self.recipe, (), (), spec), self.model))
             except InputError as e:
                 problems.append(f"{spec.name}: {e}")
                 continue
@@ -198,7 +198,7 @@ class _Trials:
         if all(spec.resolve() is None for spec in specs):
             return None
         try:
-            planning.make(_written(self.recipe, groups, specs, DENSE), self.model)
+            planning.make(written(self.recipe, groups, specs, DENSE), self.model)
         except InputError as e:
             return str(e)
         return None
@@ -266,7 +266,7 @@ class _Trials:
 # Rules ---------------------------------------------------------------------------------------------------------------
 
 
-def _written(recipe: Recipe, groups: Sequence[Group], specs: Sequence[SchemeSpec], default: SchemeSpec) -> Recipe:
+def written(recipe: Recipe, groups: Sequence[Group], specs: Sequence[SchemeSpec], default: SchemeSpec) -> Recipe:
     """The recipe with `default` as its scheme and, after its own rules, some for the groups that have another."""
     wanted = {x.name: spec for group, spec in zip(groups, specs, strict=True) for x in group.layers}
     others: dict[tuple[Any, SchemeSpec], list[Group]] = {}

@@ -92,6 +92,24 @@ class Generation(Part):
     tokens: int = Field(default=64, ge=1, le=2**16, description="Tokens generated for each.")
 
 
+class Repair(Part):
+    """What is done about an output that misses its gates: groups of layers that lose most are kept in `scheme`."""
+
+    size: float = Field(default=1.25, ge=1, le=100, description="Largest size, as a multiple of the first output's.")
+    scheme: SchemeSpec | None = Field(
+        default=None,
+        description="What these layers become; by default W8A16 for integer weights alone, else none.",
+    )
+
+
+def _switch_in_schema(schema: dict[str, Any]) -> None:
+    schema["anyOf"] = [*(part for part in schema["anyOf"] if part != {"type": "null"}), {"type": "boolean"}]
+
+
+def _switch(value: Any) -> Any:
+    return {} if value is True else None if value is False or value == NONE else value
+
+
 class Validation(Part):
     """What is measured on the output, reloaded from disk, and what it must reach."""
 
@@ -99,6 +117,16 @@ class Validation(Part):
     generation: Generation = Generation()
     prompt: str | None = Field(default=None, description="Both models continue this text, to be shown side by side.")
     gates: Gates = Field(default=Gates(), description="Without any, wide ones by the scheme; {} for none.")
+
+    repair: Annotated[Repair | None, BeforeValidator(_switch)] = Field(
+        default=None,
+        description="true, or {size, scheme}: where gates fail, more bits for the worst layers until they pass.",
+        json_schema_extra=_switch_in_schema,
+    )
+
+    @field_serializer("repair")
+    def _off_is_false(self, value: Repair | None) -> Any:
+        return False if value is None else value.model_dump(mode="json")
 
     @model_validator(mode="after")
     def _gates_are_measured(self) -> Validation:
