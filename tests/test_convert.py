@@ -542,7 +542,11 @@ EXPORTS = {
     MODELOPT: "W4A16",
     FP8_BLOCK: "FP8_BLOCK",
 }
-CHECK = {"perplexity": {"data": "builtin:pydocs-heldout", "windows": 2, "length": 32}}
+CHECK = {
+    "perplexity": {"data": "builtin:pydocs-heldout", "windows": 2, "length": 32},
+    "generation": {"prompts": 2, "tokens": 4},
+    "gates": {"kl": 1.0},
+}
 
 
 def exported(tmp_path: Path, form: str, scheme: Any, **changes: Any) -> Path:

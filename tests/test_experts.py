@@ -17,7 +17,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import quantkit
-from quantkit import api, blocks, convert, experts, inspection, lint, numerics, skeleton
+from quantkit import blocks, convert, experts, inspection, lint, loading, numerics, skeleton
 from quantkit.algorithms import gptq, rtn
 from quantkit.checkpoint import Checkpoint
 from quantkit.errors import InputError
@@ -415,7 +415,7 @@ def test_convert_and_inspect_of_a_mixture(tmp_path: Path) -> None:
     back = convert.convert(there, "compressed-tensors", tmp_path / "back").out
     first, last = load_file(out / "model.safetensors"), load_file(back / "model.safetensors")
     assert first.keys() == last.keys() and all(torch.equal(first[k], last[k]) for k in first)
-    with api._loadable(there, torch.device("cpu"), quantkit.progress.Silent()) as (place, notes):
+    with loading.loadable(there, torch.device("cpu"), quantkit.progress.Silent()) as (place, notes):
         assert place != there and "gptq" in notes[0]
 
 

@@ -288,7 +288,7 @@ def test_scales_that_are_missing_fall_back_and_say_so(
 
 
 def test_an_output_with_a_quantized_cache_is_validated(tmp_path: Path) -> None:
-    check = {"perplexity": {"data": "builtin:pydocs-heldout", "windows": 2, "length": 32}}
+    check = {"perplexity": {"data": "builtin:pydocs-heldout", "windows": 2, "length": 32}, "gates": {"kl": 1.0}}
     result = quantkit.quantize(
         recipe(tiny.save(tmp_path / "model"), kv_cache={"strategy": "head"}, validate=check),
         out=tmp_path / "out",
