@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from quantkit import formats, numerics
+from quantkit import formats, integrity, numerics
 from quantkit.checkpoint import DTYPES, bits_per_weight
 from quantkit.errors import InputError
 from quantkit.numerics._activations import Magnitudes
@@ -153,6 +153,7 @@ def _report(
         "bits_per_weight": round(bits, 4),
         "relative_error": error / whole if whole else 0.0,
         "error_of": kind,
+        "mark": integrity.mark(decoded),
         "tokens": stats.tokens if stats else 0,
         "notes": list(notes.lines),
     }

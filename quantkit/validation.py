@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from quantkit import calibration, hub
+from quantkit import calibration, hub, integrity
 from quantkit import plan as planning
 from quantkit.loading import load, loadable
 from quantkit.progress import Progress
@@ -93,6 +93,7 @@ def validate(
     layers  of quantkit.json, so that a failure can name the worst
     Raises InputError when one of them cannot be loaded or measured, GateError when the output computes NaN or Inf.
     """
+    integrity.check(folder, layers)
     tokenizer = planning.tokenizer(source, trust_remote_code=trust_remote_code)
     texts = _texts(settings, tokenizer)
     windows = _windows(settings, texts, tokenizer, progress)

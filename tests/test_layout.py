@@ -49,6 +49,7 @@ LAYERS = (
     (
         "quantkit.plan",
         "quantkit.output",
+        "quantkit.integrity",
         "quantkit.folding",
         "quantkit.solve",
         "quantkit.tuning",
