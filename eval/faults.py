@@ -69,8 +69,9 @@ def _a_quantized_layer_ignored(_: Tensors, config: dict[str, Any]) -> None:
 
 def _rare_tokens_swapped(t: Tensors, _: dict[str, Any]) -> None:
     """A quarter of the vocabulary, the rare end of it, answers for its neighbour: most text never shows it."""
-    rare = slice(len(t["lm_head.weight"]) * 3 // 4, None)
-    t["lm_head.weight"][rare] = t["lm_head.weight"][rare].roll(1, dims=0)
+    weight = t["model.embed_tokens.weight"]  # lm_head is the same
+    rare = slice(len(weight) * 3 // 4, None)
+    weight[rare] = weight[rare].roll(1, dims=0)
 
 
 def _experts_swapped(t: Tensors, _: dict[str, Any]) -> None:
@@ -99,7 +100,7 @@ FAULTS = (
     Fault("NaN in one scale", "W8A16", _nan_in_one_scale),
     Fault("halves of one q_proj swapped", "W8A16", _rows_of_two_heads_swapped),
     Fault("config ignores a quantized layer", "W8A16", _a_quantized_layer_ignored),
-    Fault("rows of rare tokens in lm_head swapped", "W8A16", _rare_tokens_swapped),
+    Fault("rare tokens swapped", "W8A16", _rare_tokens_swapped),
     Fault("none", "W8A16", lambda t, c: None, moe=True),
     Fault("two experts of one layer swapped", "W8A16", _experts_swapped, moe=True),
     Fault("a fold that left the router out", "W8A16", _router_left_out_of_a_fold, moe=True),

@@ -22,10 +22,11 @@ from quantkit.errors import GateError, InputError, MissingError
 from quantkit.loading import load
 from quantkit.profile import Profile
 from quantkit.progress import Progress, Silent
-from quantkit.recipe import Perplexity, Recipe
-from quantkit.recipe import Validation as Settings
+from quantkit.recipe import Recipe
 from quantkit.recipe.calibration import TextSource
 from quantkit.recipe.gates import Limit, limits
+from quantkit.recipe.validation import Perplexity, Tasks
+from quantkit.recipe.validation import Validation as Settings
 from quantkit.validation import FAILED, UNVALIDATED, Validation
 from quantkit_eval import gate
 
@@ -203,6 +204,7 @@ def validate(
     data: str | None = None,
     windows: int | None = None,
     length: int | None = None,
+    tasks: Sequence[str] | Mapping[str, Any] | None = None,
     gates: Mapping[str, Any] | None = None,
     device: str = "auto",
     progress: Progress | None = None,
@@ -210,6 +212,7 @@ def validate(
     """Measures a quantized folder against its original, and marks the folder with the outcome when it is ours.
 
     What is not given is what the recipe beside the weights says. `against` is needed for other tools' checkpoints.
+    tasks  of lm-eval, by name, or as a recipe has them: {"names": [...], "limit": 100}
     gates  as a recipe has them, in the place of the recipe's: {"kl": 0.05, "top1_agreement": {"limit": 0.9, ...}}
     Raises InputError when the folder or its original is missing or cannot be loaded, GateError when the folder's model
     computes NaN or Inf.
@@ -230,6 +233,8 @@ def validate(
         **({"data": data} if data else texts.model_dump(include=set(TextSource.model_fields))),
     )
     settings = settings.model_copy(update={"perplexity": texts})
+    if tasks is not None:
+        settings = settings.model_copy(update={"tasks": _tasks(tasks)})
     source = hub.resolve(str(against) if against is not None else recipe.model if recipe else "")
     expected = (summary.get("source") or {}).get("fingerprint")
     if expected is not None and source.fingerprint() != expected:
@@ -258,6 +263,14 @@ def validate(
         if ours and outcome:
             output.write_json(folder / output.SUMMARY, {**summary, "status": outcome["status"], "validation": outcome})
     return result
+
+
+def _tasks(tasks: Sequence[str] | Mapping[str, Any]) -> Tasks:
+    try:
+        return Tasks.model_validate(dict(tasks) if isinstance(tasks, Mapping) else {"names": list(tasks)})
+    except ValidationError as e:
+        found = e.errors()[0]
+        raise InputError(f"tasks: {'.'.join(map(str, found['loc']))}: {found['msg']}; got {found['input']!r}") from None
 
 
 def _limits(gates: Mapping[str, Any]) -> dict[str, Limit]:

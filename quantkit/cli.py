@@ -173,6 +173,10 @@ def validate(
     data: Annotated[str | None, typer.Option("--data", help="Held-out texts: builtin:NAME or a file.")] = None,
     windows: Annotated[int | None, typer.Option("--windows", min=1, help="Windows of tokens to compare on.")] = None,
     length: Annotated[int | None, typer.Option("--length", min=2, help="Tokens a window.")] = None,
+    tasks: Annotated[
+        str | None, typer.Option("--tasks", metavar="NAMES", help="Tasks of lm-eval, by commas: pydocs_cloze,gsm8k.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Only the first items of each task.")] = None,
     gate: Annotated[
         list[str] | None, typer.Option("--gate", metavar="NAME=VALUE", help="A limit: kl=0.05. Replaces the recipe's.")
     ] = None,
@@ -191,6 +195,7 @@ def validate(
             data=data,
             windows=windows,
             length=length,
+            tasks=None if tasks is None else {"names": tasks.split(","), "limit": limit},
             gates=gates,
             device=device.value,
             progress=progress,

@@ -16,8 +16,9 @@ from quantkit import plan as planning
 from quantkit.allocation.candidates import DENSE, Group, groups_of, written
 from quantkit.errors import InputError
 from quantkit.plan import Plan
-from quantkit.recipe import Recipe, Repair
+from quantkit.recipe import Recipe
 from quantkit.recipe.scheme import SchemeSpec
+from quantkit.recipe.validation import Repair
 
 SHARE = 0.1
 

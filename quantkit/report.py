@@ -99,6 +99,10 @@ def print_result(summary: Mapping[str, Any], out: str | None = None) -> None:
         rows.append(["size", size(sizes["source_bytes"]) if sizes.get("source_bytes") else "", after, ""])
     if comparison:
         rows += _comparison_rows(comparison, gates)
+    for task in (validation.get("tasks") or {}).values():
+        rows.append(_task_row(task, gates))
+    if "recovery" in gates:
+        rows.append(["recovery, mean", "100%", f"{gates['recovery']['value']:.1%}", _gate(gates["recovery"])])
     if validation.get("flips"):
         rows.append(_flip_row(validation["flips"], gates))
     out_to = console()
@@ -133,6 +137,13 @@ def _comparison_rows(comparison: Mapping[str, Any], gates: Mapping[str, Mapping[
         ["KL divergence", "0", kl, _gate(gates.get("kl"))],
         ["top-1 agreement", "100%", f"{comparison['top1_agreement']:.1%}", _gate(gates.get("top1_agreement"))],
     ]
+
+
+def _task_row(task: Mapping[str, Any], gates: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """A task's score, and how much of it is recovered, with 95 % bounds to either side."""
+    name, r = task["name"], task["recovery"]
+    after = f"{task['quantized']:.4g} ({r['value']:.1%}, {r['low']:.1%} to {r['high']:.1%})"
+    return [f"{name} {task['metric']}", f"{task['original']:.4g}", after, _gate(gates.get(f"recovery.{name}"))]
 
 
 def _flip_row(flips: Mapping[str, Any], gates: Mapping[str, Mapping[str, Any]]) -> list[str]:

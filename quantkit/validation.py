@@ -1,6 +1,7 @@
 """Proof that an output still works: it is loaded from disk as a user would load it, and measured beside its original.
 
 windows      perplexity, KL divergence and top-1 agreement on held-out text; more windows where fewer decide nothing
+tasks        lm-eval's own harness on both models, item by item
 generation   flips of the next token on what the original writes
 gates        each figure against its limit, with its uncertainty; see quantkit_eval/gate.py
 """
@@ -18,14 +19,21 @@ from quantkit import calibration, hub, integrity
 from quantkit import plan as planning
 from quantkit.loading import load, loadable
 from quantkit.progress import Progress
-from quantkit.recipe import Validation as Settings
 from quantkit.recipe.calibration import TextSource
 from quantkit.recipe.gates import Limit
-from quantkit_eval import gate
+from quantkit.recipe.validation import Tasks
+from quantkit.recipe.validation import Validation as Settings
+from quantkit_eval import gate, harness
 from quantkit_eval.compare import Comparison, Tokens, measure, summary
 from quantkit_eval.flips import Flips, flips
 from quantkit_eval.generate import continuation
 from quantkit_eval.intervals import Interval
+from quantkit_eval.results_cache import ResultsCache, model_identity
+from quantkit_eval.task_comparison import TaskComparison, compare_tasks, recoveries
+from quantkit_eval.task_list import Tasks as LoadedTasks
+from quantkit_eval.task_list import load as load_tasks
+from quantkit_eval.task_list import resolve
+from quantkit_eval.task_results import TaskResults
 from quantkit_eval.windows import heldout_windows
 
 VALIDATED, FAILED, UNVALIDATED = "validated", "failed", "unvalidated"
@@ -47,6 +55,8 @@ class Validation:
     message: str
     notes: tuple[str, ...] = ()
     flips: Flips | None = None
+    tasks: tuple[TaskComparison, ...] = ()
+    task_arguments: dict[str, Any] | None = None
 
     @property
     def status(self) -> str:
@@ -59,6 +69,8 @@ class Validation:
             "message": self.message,
             "comparison": self.comparison.to_dict(),
             "flips": None if self.flips is None else self.flips.to_dict(),
+            "tasks": {task.name: task.to_dict() for task in self.tasks},
+            "task_arguments": self.task_arguments,
             "gates": [g.to_dict() for g in self.gates],
             "samples": self.samples,
             "notes": list(self.notes),
@@ -97,6 +109,7 @@ def validate(
     tokenizer = planning.tokenizer(source, trust_remote_code=trust_remote_code)
     texts = _texts(settings, tokenizer)
     windows = _windows(settings, texts, tokenizer, progress)
+    loaded = None if settings.tasks is None else load_tasks(resolve(settings.tasks.names, settings.tasks.folder))
     dtype = torch.float32 if device.type == "cpu" else "auto"
     original = load(source.folder, dtype=dtype, trust_remote_code=trust_remote_code).to(device)
     with loadable(folder, device, progress, trust=trust_remote_code) as (place, notes):
@@ -110,10 +123,15 @@ def validate(
     flipped = _flips(pair, settings, windows)
     if flipped is not None:
         measured["flips"] = flipped.rate
+    tasks: list[TaskComparison] = []
+    arguments: dict[str, Any] | None = None
+    if settings.tasks is not None and loaded is not None:
+        tasks, arguments = _tasks(pair, settings.tasks, loaded, source)
+        measured |= recoveries(tasks)
     results = gate.check(measured, limits)
     samples = _samples(pair, settings.prompt)
     message = gate.failure_message(results, gate.worst_layers(layers))
-    return Validation(comparison, results, samples, message, notes, flipped)
+    return Validation(comparison, results, samples, message, notes, flipped, tuple(tasks), arguments)
 
 
 # Windows -------------------------------------------------------------------------------------------------------------
@@ -169,6 +187,39 @@ def _with_more(pair: _Pair, tokens: Tokens, limits: Mapping[str, Limit], most_WL
         pair.progress.say(f"validation: {have} windows do not decide {names}; going on to {upto}")
         tokens = tokens.plus(_measured(pair, most_WL[have:upto]))
     return tokens
+
+
+# Tasks ---------------------------------------------------------------------------------------------------------------
+
+
+def _tasks(
+    pair: _Pair, wanted: Tasks, loaded: LoadedTasks, source: hub.Source
+) -> tuple[list[TaskComparison], dict[str, Any]]:
+    """lm-eval on both models; the original's results are kept for the next recipe. Returns its arguments too."""
+    cache = ResultsCache(warn=pair.progress.warn) if wanted.cache else None
+
+    def run(model: Any, which: str, **kept: Any) -> TaskResults:
+        names = ", ".join(task.name for task in loaded.tasks)
+        pair.progress.say(f"validation: {names} on the {which} model")
+        return harness.run(
+            model,
+            pair.tokenizer,
+            loaded,
+            limit=wanted.limit,
+            num_fewshot=wanted.num_fewshot,
+            batch_size=wanted.batch_size,
+            apply_chat_template=wanted.chat_template,
+            add_bos_token=wanted.add_bos_token,
+            max_length=wanted.max_length,
+            **kept,
+        )
+
+    original = run(pair.original, "original", cache=cache, identity=model_identity(source) if cache else None)
+    quantized = run(pair.quantized, "quantized")
+    for task in (*original.tasks, *quantized.tasks):
+        for warning in task.warnings:
+            pair.progress.warn(f"{task.name}: {warning}")
+    return compare_tasks(original, quantized), quantized.to_dict(by_item=False)["arguments"]
 
 
 # Text ----------------------------------------------------------------------------------------------------------------

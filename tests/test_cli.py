@@ -250,7 +250,7 @@ def test_validate_passes_everything_on(monkeypatch: pytest.MonkeyPatch) -> None:
     options = ["--against", "m", "--data", "d.txt", "--windows", "3", "--length", "64", "--device", "cpu"]
     result = run("validate", "out", *options, "--gate", "kl=0.1", "--gate", "top1_agreement=1")
     assert result.exit_code == 0, result.stderr
-    given = {"against": "m", "data": "d.txt", "windows": 3, "length": 64, "device": "cpu"}
+    given = {"against": "m", "data": "d.txt", "windows": 3, "length": 64, "device": "cpu", "tasks": None}
     assert calls == [(Path("out"), {**given, "gates": {"kl": 0.1, "top1_agreement": 1.0}})]
     assert run("validate", "out").exit_code == 0
     assert calls[1][1] == {**dict.fromkeys(given), "device": "auto", "gates": None}
@@ -284,7 +284,7 @@ def test_the_real_functions_take_what_the_commands_pass() -> None:
 
     common = {"device": "cpu", "progress": None}
     check(api.quantize, "recipe", out=None, overwrite=False, **common)
-    check(api.validate, "out", against=None, data=None, windows=None, length=None, gates=None, **common)
+    check(api.validate, "out", against=None, data=None, windows=None, length=None, tasks=None, gates=None, **common)
     check(planning.make, "recipe")
     check(planning.describe, "plan")
     check(inspection.inspect, "path")

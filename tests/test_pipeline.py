@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -25,7 +26,7 @@ from quantkit.errors import GateError, InputError, MissingError, QuantkitError
 from quantkit.recipe import Recipe
 
 CALIBRATION = {"data": "builtin:pydocs", "samples": 6, "length": 64, "batch_size": 4}
-CHECK = {
+CHECK: dict[str, Any] = {
     "perplexity": {"data": "builtin:pydocs-heldout", "windows": 2, "length": 32},
     "generation": {"prompts": 2, "tokens": 4},
     "gates": {"kl": 1.0},

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from quantkit import algorithms, lint, strict_yaml
 from quantkit.errors import InputError
 from quantkit.presets import PRESETS
-from quantkit.recipe import Gates, Recipe, json_schema
+from quantkit.recipe import Recipe, json_schema
 from quantkit.recipe.errors import known_keys
+from quantkit.recipe.gates import Gates
 from quantkit.types import Scheme, TensorScheme
 
 RECIPES = Path(__file__).parent.parent / "recipes"

@@ -17,7 +17,8 @@ from quantkit import comparison, output, repair
 from quantkit import plan as planning
 from quantkit.errors import InputError
 from quantkit.progress import Silent
-from quantkit.recipe import Recipe, Repair
+from quantkit.recipe import Recipe
+from quantkit.recipe.validation import Repair
 
 CHECK: dict[str, Any] = {
     "perplexity": {"data": "builtin:pydocs-heldout", "windows": 4, "length": 32},

@@ -30,13 +30,13 @@ from pydantic import (
 from quantkit import strict_yaml
 from quantkit.errors import InputError
 from quantkit.recipe import gates as gating
-from quantkit.recipe.calibration import Calibration, TextSource
+from quantkit.recipe.calibration import Calibration
 from quantkit.recipe.effort import Effort, method_of
 from quantkit.recipe.errors import explain, hint, problem, shown
-from quantkit.recipe.gates import Gates
 from quantkit.recipe.named import Method, Transform
 from quantkit.recipe.overrides import override
 from quantkit.recipe.scheme import FP8_CACHE, NONE, KvCacheSpec, Part, RecipeScheme, SchemeSpec
+from quantkit.recipe.validation import Validation
 from quantkit.strict_yaml import KeyPath
 from quantkit.types import Scheme
 
@@ -65,74 +65,6 @@ class Rule(Part):
         if self.match.startswith("re:"):
             return re.match(self.match[3:], name) is not None
         return self.match == name or fnmatch.fnmatchcase(name, self.match)
-
-
-class Perplexity(TextSource):
-    """The held-out texts on which the output is compared with the original."""
-
-    data: str = Field(
-        default="builtin:pydocs-heldout",
-        min_length=1,
-        description="As in calibration; other texts. Of a larger source, the first 16 million characters.",
-    )
-    windows: int = Field(default=40, ge=1, le=10**6, description="Windows of tokens to compare on.")
-    most: int | None = Field(
-        default=None,
-        ge=1,
-        le=10**6,
-        description="Windows to go to where fewer do not decide a gate; by default 4 times.",
-    )
-    length: int = Field(default=512, ge=2, le=2**20, description="Tokens a window.")
-
-
-class Generation(Part):
-    """The original generates greedily; counted is where the output would have gone another way."""
-
-    prompts: int = Field(default=20, ge=0, le=10**5, description="Texts to go on from; 0 leaves this out.")
-    tokens: int = Field(default=64, ge=1, le=2**16, description="Tokens generated for each.")
-
-
-class Repair(Part):
-    """What is done about an output that misses its gates: groups of layers that lose most are kept in `scheme`."""
-
-    size: float = Field(default=1.25, ge=1, le=100, description="Largest size, as a multiple of the first output's.")
-    scheme: SchemeSpec | None = Field(
-        default=None,
-        description="What these layers become; by default W8A16 for integer weights alone, else none.",
-    )
-
-
-def _switch_in_schema(schema: dict[str, Any]) -> None:
-    schema["anyOf"] = [*(part for part in schema["anyOf"] if part != {"type": "null"}), {"type": "boolean"}]
-
-
-def _switch(value: Any) -> Any:
-    return {} if value is True else None if value is False or value == NONE else value
-
-
-class Validation(Part):
-    """What is measured on the output, reloaded from disk, and what it must reach."""
-
-    perplexity: Perplexity = Perplexity()
-    generation: Generation = Generation()
-    prompt: str | None = Field(default=None, description="Both models continue this text, to be shown side by side.")
-    gates: Gates = Field(default=Gates(), description="Without any, wide ones by the scheme; {} for none.")
-
-    repair: Annotated[Repair | None, BeforeValidator(_switch)] = Field(
-        default=None,
-        description="true, or {size, scheme}: where gates fail, more bits for the worst layers until they pass.",
-        json_schema_extra=_switch_in_schema,
-    )
-
-    @field_serializer("repair")
-    def _off_is_false(self, value: Repair | None) -> Any:
-        return False if value is None else value.model_dump(mode="json")
-
-    @model_validator(mode="after")
-    def _gates_are_measured(self) -> Validation:
-        if self.gates.flips is not None and not self.generation.prompts:
-            raise problem("the gate flips needs generation: generation.prompts is 0")
-        return self
 
 
 def _none_is_off(value: Any) -> Any:
