@@ -129,6 +129,11 @@ def judged(folder: Path) -> dict[str, Any]:
         found = quantkit.validate(folder)
     except QuantkitError as e:
         return {"caught": True, "by": type(e).__name__, "kl": None, "ratio": None, "said": str(e)[:200]}
+    return _said(found)
+
+
+def _said(found: Any) -> dict[str, Any]:
+    """A line of the log from a validation."""
     missed = [f"{g.name} ({g.outcome})" for g in found.gates if not g.passed]
     return {
         "caught": bool(missed),
@@ -149,9 +154,17 @@ def seeded(seed: int, scratch: Path) -> dict[str, Any]:
         kept = documents if part == "calibration" else documents[: len(documents) * 2 // 3]
         file.write_text("".join(json.dumps({"text": text}) + "\n" for text in kept))
         texts.append(str(file))
-    calibration = {"data": texts[0], "samples": 32, "length": 512}
-    changes = {"method": "gptq", "calibration": calibration, "validate": {"perplexity": {"data": texts[1]}}}
-    return judged(made("W8A16", LLAMA, scratch / f"seed-{seed}", **changes))
+    recipe = {
+        "model": LLAMA,
+        "scheme": "W8A16",
+        "method": "gptq",
+        "calibration": {"data": texts[0], "samples": 16, "length": 512},
+        "validate": {"perplexity": {"data": texts[1]}, "generation": {"prompts": 0}},
+        "export": {"engines": ["transformers"]},
+    }
+    result = quantkit.quantize(recipe, out=scratch / f"seed-{seed}")
+    assert result.validation is not None
+    return _said(result.validation)
 
 
 def main() -> None:
