@@ -22,6 +22,7 @@ import torch
 
 from quantkit.errors import MissingError
 
+_Base: Any = object  # HFLM in effect, which is not imported here
 DIGEST = 16  # hexadecimal digits that are kept of a SHA-256: 64 bits tell the items of one task apart
 INSTALL = "pip install 'quantkit[eval]'"
 
@@ -162,71 +163,74 @@ def language_model(model: Any, tokenizer: Any, *, device: Any = None, **options:
     return lm
 
 
+class _Recording(_Base):
+    """What is laid over HFLM; `super()` is HFLM."""
+
+    on_progress: Callable[[int, int], None] | None = None
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.asked: dict[tuple[str, ...], str] = {}
+        self._done = self._total = 0
+        self._rolling = False
+
+    def _begin(self, total: int) -> None:
+        self._done, self._total = 0, total
+
+    def _step(self, sequences: int) -> None:
+        self._done += sequences
+        if self.on_progress:
+            self.on_progress(min(self._done, self._total), self._total)
+
+    def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> Any:
+        return super().loglikelihood(requests, disable_tqdm=True)
+
+    def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = True) -> Any:
+        windows = 0
+        for (text,) in (request.args for request in requests):
+            ids = self.tok_encode(text)
+            windows += -(-len(ids) // self.max_length)
+            self.asked[(text,)] = digest([self.prefix_token_id, *ids])
+        self._begin(windows)
+        self._rolling = True
+        try:
+            return super().loglikelihood_rolling(requests, disable_tqdm=True)
+        finally:
+            self._rolling = False
+
+    def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = True, **options: Any) -> Any:
+        if not self._rolling:
+            for key, context, continuation in requests:
+                self.asked[tuple(key)] = digest([context, continuation])
+            # Continuations that differ in their last token only are answered by one sequence.
+            self._begin(len({hash((*context, *more[:-1])) for _, context, more in requests}))
+        return super()._loglikelihood_tokens(requests, disable_tqdm=True, **options)
+
+    def generate_until(self, requests: Any, disable_tqdm: bool = True) -> Any:
+        self._begin(len(requests))
+        return super().generate_until(requests, disable_tqdm=True)
+
+    def tok_batch_encode(self, strings: Sequence[str], *args: Any, **options: Any) -> Any:
+        ids_BL, mask_BL = super().tok_batch_encode(strings, *args, **options)
+        for text, ids, mask in zip(strings, ids_BL, mask_BL, strict=True):
+            self.asked[(text,)] = digest(ids[mask.bool()].tolist())
+        return ids_BL, mask_BL
+
+    def _model_call(self, inps: torch.Tensor, *args: Any, **options: Any) -> Any:
+        logits = super()._model_call(inps, *args, **options)
+        self._step(inps.shape[0])
+        return logits
+
+    def _model_generate(self, context: torch.Tensor, max_length: int, stop: list[str], **options: Any) -> Any:
+        options = {"max_new_tokens": max_length - context.shape[1], **options}
+        with torch.no_grad():
+            out = super()._model_generate(context, max_length, stop, **options)
+        self._step(context.shape[0])
+        return out
+
+
 @lru_cache(maxsize=1)
 def _recorder() -> Any:
     from lm_eval.models.huggingface import HFLM
 
-    class Recorder(HFLM):
-        on_progress: Callable[[int, int], None] | None = None
-
-        def __init__(self, **options: Any) -> None:
-            super().__init__(**options)
-            self.asked: dict[tuple[str, ...], str] = {}
-            self._done = self._total = 0
-            self._rolling = False
-
-        def _begin(self, total: int) -> None:
-            self._done, self._total = 0, total
-
-        def _step(self, sequences: int) -> None:
-            self._done += sequences
-            if self.on_progress:
-                self.on_progress(min(self._done, self._total), self._total)
-
-        def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> Any:
-            return super().loglikelihood(requests, disable_tqdm=True)
-
-        def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = True) -> Any:
-            windows = 0
-            for (text,) in (request.args for request in requests):
-                ids = self.tok_encode(text)
-                windows += -(-len(ids) // self.max_length)
-                self.asked[(text,)] = digest([self.prefix_token_id, *ids])
-            self._begin(windows)
-            self._rolling = True
-            try:
-                return super().loglikelihood_rolling(requests, disable_tqdm=True)
-            finally:
-                self._rolling = False
-
-        def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = True, **options: Any) -> Any:
-            if not self._rolling:
-                for key, context, continuation in requests:
-                    self.asked[tuple(key)] = digest([context, continuation])
-                # Continuations that differ in their last token only are answered by one sequence.
-                self._begin(len({hash((*context, *more[:-1])) for _, context, more in requests}))
-            return super()._loglikelihood_tokens(requests, disable_tqdm=True, **options)
-
-        def generate_until(self, requests: Any, disable_tqdm: bool = True) -> Any:
-            self._begin(len(requests))
-            return super().generate_until(requests, disable_tqdm=True)
-
-        def tok_batch_encode(self, strings: Sequence[str], *args: Any, **options: Any) -> Any:
-            ids_BL, mask_BL = super().tok_batch_encode(strings, *args, **options)
-            for text, ids, mask in zip(strings, ids_BL, mask_BL, strict=True):
-                self.asked[(text,)] = digest(ids[mask.bool()].tolist())
-            return ids_BL, mask_BL
-
-        def _model_call(self, inps: torch.Tensor, *args: Any, **options: Any) -> Any:
-            logits = super()._model_call(inps, *args, **options)
-            self._step(inps.shape[0])
-            return logits
-
-        def _model_generate(self, context: torch.Tensor, max_length: int, stop: list[str], **options: Any) -> Any:
-            options = {"max_new_tokens": max_length - context.shape[1], **options}
-            with torch.no_grad():
-                out = super()._model_generate(context, max_length, stop, **options)
-            self._step(context.shape[0])
-            return out
-
-    return Recorder
+    return type("Recorder", (_Recording, HFLM), {})

@@ -1,0 +1,116 @@
+"""Codes to the words of layout.py and back, in plain torch: which bit of which word holds which code."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+PLANE_BITS = (2, 4, 6, 3, 5, 7, 0, 1)  # where the third bit of 3-bit code i lies in its byte of the plane
+
+
+ELEMENTS = 1 << 24  # codes at once: bounds the temporaries
+
+
+def pack_codes(codes_NK: torch.Tensor, code: str, line: int, pairs: int, fill_N1: torch.Tensor) -> torch.Tensor:
+    """uint8 codes (N, K) to words (L, N', 16), of 3 bits (L, N', 24).
+
+    code     "u2" "u3" "u4" "u8" "e2m1" "e4m3"
+    fill_N1  (N, 1) uint8, the code of columns beyond K; those of rows beyond N are 0
+    """
+    n, k = codes_NK.shape
+    high, each = -(-n // 8) * 8, 24 if code == "u3" else 16
+    words = torch.empty(-(-k // line), high * each, dtype=torch.int32, device=codes_NK.device)
+    step = max(8, ELEMENTS // max(k, 1) // 8 * 8)
+    for start in range(0, n, step):
+        stop = min(n, start + step)
+        part = _pack_rows(codes_NK[start:stop], code, line, pairs, fill_N1[start:stop])
+        rows = part.shape[1] // each
+        words[:, start * 16 : (start + rows) * 16] = part[:, : rows * 16]
+        if code == "u3":
+            words[:, high * 16 + start * 8 : high * 16 + (start + rows) * 8] = part[:, rows * 16 :]
+    return words.view(-1, high, each)
+
+
+def row_words(words: torch.Tensor, code: str, start: int, stop: int) -> torch.Tensor:
+    """The words of some rows; both numbers are multiples of 8."""
+    if code != "u3":
+        return words[:, start:stop]
+    count, high = words.shape[:2]
+    flat = words.reshape(count, -1)
+    two, third = flat[:, start * 16 : stop * 16], flat[:, high * 16 + start * 8 : high * 16 + stop * 8]
+    return torch.cat([two, third], 1).view(count, stop - start, 24)
+
+
+def _pack_rows(codes_NK: torch.Tensor, code: str, line: int, pairs: int, fill_N1: torch.Tensor) -> torch.Tensor:
+    """As `pack_codes`, a line's words side by side."""
+    n, k = codes_NK.shape
+    count, high = -(-k // line), -(-n // 8) * 8
+    padded = fill_N1.expand(n, count * line).clone()
+    padded[:, :k] = codes_NK
+    # columns 8 pairs j + 8 i + 2 t + v of a line
+    c = F.pad(padded, (0, 0, 0, high - n)).view(high, count, 4, pairs, 4, 2).permute(1, 0, 4, 2, 3, 5)
+    halves = [[c[..., i, v].int() for i in range(pairs)] for v in (0, 1)]  # (L, N', t, j) each
+    if code == "e2m1":
+        top = _e2m1_half(halves[1], torch.zeros_like(halves[1][0]))
+        words = top << 16 | _e2m1_half(halves[0], top)
+    else:
+        step = {"u2": 2, "u3": 2, "u4": 4, "u8": 8, "e4m3": 8}[code]
+        words = torch.zeros_like(halves[0][0])
+        for v in (0, 1):
+            for i in range(pairs):
+                words |= (halves[v][i] & 3 if code == "u3" else halves[v][i]) << (16 * v + step * i)
+    words = words.reshape(count, -1)
+    if code != "u3":
+        return words
+    plane = torch.zeros_like(halves[0][0])
+    for v in (0, 1):
+        for i in range(pairs):
+            plane |= (halves[v][i] >> 2) << (16 * v + PLANE_BITS[i])
+    two = plane.view(count, high // 8, 8, 4, 2, 2)  # rows of 8, t, j / 2, j % 2
+    third = (two[..., 0] | two[..., 1] << 8).permute(0, 1, 3, 2, 4)
+    return torch.cat([words, third.reshape(count, -1)], 1)
+
+
+def unpack_codes(words: torch.Tensor, code: str, line: int, pairs: int) -> torch.Tensor:
+    """The inverse: uint8 (N', L line), padding included."""
+    count, high = words.shape[:2]
+    flat = words.reshape(count, -1)
+    two = flat[:, : high * 16].view(count, high, 4, 4)
+    found = []  # i, v
+    if code == "e2m1":
+        views = (two, two << 3, two << 6 ^ two << 2, _shift(two, 3) ^ two << 1)
+        found = [[_e2m1_code(_shift(view, 16 * v)) for v in (0, 1)] for view in views]
+    else:
+        step = {"u2": 2, "u3": 2, "u4": 4, "u8": 8, "e4m3": 8}[code]
+        found = [[two >> (16 * v + step * i) & ((1 << step) - 1) for v in (0, 1)] for i in range(pairs)]
+    if code == "u3":
+        plane = flat[:, high * 16 :].view(count, high // 8, 4, 8, 2).permute(0, 1, 3, 2, 4).reshape(count, high, 4, 2)
+        third = torch.stack([plane, plane >> 8], -1).flatten(-2)
+        for i in range(pairs):
+            for v in (0, 1):
+                found[i][v] = found[i][v] | (third >> (16 * v + PLANE_BITS[i]) & 1) << 2
+    c = torch.stack([torch.stack([f.to(torch.uint8) for f in pair], -1) for pair in found], -2)  # L, N', t, j, i, v
+    return c.permute(1, 0, 3, 4, 2, 5).reshape(high, count * line)
+
+
+def _shift(words: torch.Tensor, by: int) -> torch.Tensor:
+    """Logical shift right of int32."""
+    return words if by == 0 else words >> by & ((1 << (32 - by)) - 1)
+
+
+def _e2m1_half(codes: list[torch.Tensor], other: torch.Tensor) -> torch.Tensor:
+    """16 bits with four codes, so that each appears at bits 15 and 8 to 6 (sign, exponent and mantissa of a bfloat16)
+    of one of these, under a mask: p, p << 3, p << 6 ^ p << 2, p >> 3 ^ p << 1.
+
+    other    the half above, whose bit 2 the last shift moves to where the sign is; zeros for the upper half
+    """
+    sign, rest = [c >> 3 for c in codes], [c & 7 for c in codes]
+    half = sign[0] << 15 | rest[0] << 6 | sign[1] << 12 | rest[1] << 3
+    half = half | (rest[2] ^ half >> 4 & 7)
+    half = half | (rest[3] ^ half >> 5 & 7) << 9
+    half = half | (sign[2] ^ half >> 9 & 1) << 13
+    return half | (sign[3] ^ other >> 2 & 1) << 14
+
+
+def _e2m1_code(half: torch.Tensor) -> torch.Tensor:
+    return (half >> 15 & 1) << 3 | half >> 6 & 7

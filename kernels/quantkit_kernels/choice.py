@@ -1,0 +1,270 @@
+"""Which tiles, how many stages, how often split: the configuration of a weight-only product, chosen in Python.
+
+A table that was measured on a GPU answers first (`tables/*.json`, one file a GPU, and those in the folder that the
+environment variable QUANTKIT_KERNELS_TABLES names, which win); shapes that it does not know, and GPUs without a table,
+get what `heuristic` computes. Nothing is measured here: `candidates`, then `neighbours`, list what is worth timing,
+`wxa16.run_with` runs one of them, `save_table` writes what was found.
+
+    entries of a table   "int4/bf16/g128/30x24": {"16": {"block_m": 16, ...}, ...}
+                         kind / scale dtype / group / buckets of N and K, then the largest M that it is for
+    bucket(v)            round(2 log2 v): shapes up to about 20% apart share one
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from quantkit_kernels import layout
+
+VERSION = 1
+BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+SHARED = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 103: 232_448, 120: 101_376}
+TABLES = "QUANTKIT_KERNELS_TABLES"
+
+
+class Gpu(NamedTuple):
+    """What a choice depends on. Without a GPU: an H200, for tests."""
+
+    name: str = "NVIDIA H200"
+    capability: int = 90
+    sms: int = 132
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One configuration.
+
+    path      "gemm": the kernel; "dequant": the weight decoded in slabs, each multiplied by cuBLAS
+    block_m, block_n, unroll, split, warps, stages   tokens, rows, lines at once, programs a tile, as _wxa16.gemm
+    where     "before", "group" or "end": when the scale is applied; "group" needs groups of whole lines, "end" is for
+              one scale a row, and there always taken
+    group_m   token tiles that go over the rows together, 0: one after the other
+    slab      "dequant": bytes of decoded weight at once
+    pdl       launched while the kernel before it is still running (programmatic dependent launch)
+    """
+
+    path: str = "gemm"
+    block_m: int = 16
+    block_n: int = 64
+    unroll: int = 1
+    split: int = 1
+    warps: int = 4
+    stages: int = 4
+    where: str = "before"
+    group_m: int = 0
+    slab: int = 40_000_000
+    pdl: bool = False
+
+
+class Problem(NamedTuple):
+    """What is multiplied: layout.Packed without its tensors, and the number of tokens."""
+
+    kind: str
+    scale_dtype: str
+    n: int
+    k: int
+    group: int
+    m: int
+
+
+@functools.lru_cache(maxsize=64)
+def gpu_of(device: torch.device) -> Gpu:
+    if device.type != "cuda":
+        return Gpu()
+    found = torch.cuda.get_device_properties(device)
+    return Gpu(found.name, found.major * 10 + found.minor, found.multi_processor_count)
+
+
+def choose(problem: Problem, gpu: Gpu) -> Choice:
+    """The configuration for a problem: from a table, else by the heuristic. Always one that can run."""
+    return _choose(problem._replace(m=m_bucket(problem.m)), gpu)
+
+
+@functools.lru_cache(maxsize=4096)
+def _choose(problem: Problem, gpu: Gpu) -> Choice:
+    entry = load_tables().get(gpu.name, {}).get(table_key(problem), {}).get(str(problem.m))
+    found = heuristic(problem, gpu) if entry is None else Choice(**entry)
+    return fitted(found, problem, gpu)
+
+
+def bucket(size: int) -> int:
+    return round(2 * math.log2(max(size, 1)))
+
+
+def m_bucket(m: int) -> int:
+    """The bucket of a number of tokens: the smallest that holds it, else the largest there is."""
+    return next((b for b in BUCKETS if m <= b), BUCKETS[-1])
+
+
+def table_key(problem: Problem) -> str:
+    p = problem
+    return f"{p.kind}/{p.scale_dtype}/g{p.group}/{bucket(p.n)}x{bucket(p.k)}"
+
+
+def heuristic(problem: Problem, gpu: Gpu) -> Choice:
+    """A configuration from the sizes alone; figures are the starting points of kernels/LOG.md, not measurements."""
+    form, m = layout.get(problem.kind), problem.m
+    steps = max(1, 128 // form.line)  # lines that make 128 columns
+    many = gpu.capability in (90, 100, 103)
+    if m >= (768 if form.bits == 8 else 1024) // (1 if many else 2):
+        return Choice(path="dequant")
+    if m <= 8:
+        found = Choice(block_m=8, block_n=64, unroll=2 * steps if form.line < 256 else 1, stages=4)
+    elif m <= 16:
+        found = Choice(block_m=16, block_n=64, unroll=steps, stages=5)
+    elif m <= 32:
+        found = Choice(block_m=32, block_n=128 if many else 64, unroll=steps, stages=4)
+    elif m <= 64 or not many:
+        found = Choice(block_m=64, block_n=128, unroll=steps, stages=4, group_m=8 if m > 64 else 0)
+        if not many:
+            found = replace(found, warps=8)
+    elif m <= 128:
+        found = Choice(block_m=128, block_n=128, unroll=steps, stages=4, warps=8)
+    else:
+        found = Choice(block_m=256, block_n=128, unroll=steps, stages=3, warps=8, group_m=4)
+    return replace(found, split=split_for(problem, found, gpu))
+
+
+def split_for(problem: Problem, choice: Choice, gpu: Gpu) -> int:
+    """Programs a tile: so many that all multiprocessors have work to the end, and enough bytes are on their way.
+
+    A model of the time: bytes or products at the rates of an H200, by how full the last wave is and, for few tokens,
+    whether there are three programs a multiprocessor; for a split, what partial sums cost. At least 512 columns each.
+    """
+    p, form = problem, layout.get(problem.kind)
+    m_tiles = -(-p.m // choice.block_m)
+    tiles, share = -(-p.n // choice.block_n) * m_tiles, gpu.sms / 132
+    work = max(p.n * p.k * form.bits / 8 / 4.3e12, 2 * m_tiles * choice.block_m * p.n * p.k / 6.5e14) / share
+    wanted = gpu.sms * (3 if choice.block_m <= 16 else 2 if choice.block_m <= 32 else 1)
+    best, least = 1, float("inf")
+    for split in range(1, 17):
+        programs = tiles * split
+        full = min(1.0, programs / wanted) * programs / (gpu.sms * -(-programs // gpu.sms))
+        partial = 0.0 if split == 1 else 1e-6 + 8 * split * m_tiles * choice.block_m * p.n / 4e12 / share
+        if work / full + partial < 0.99 * least and (split == 1 or p.k >= 512 * split):
+            best, least = split, work / full + partial
+    return best
+
+
+def fitted(choice: Choice, problem: Problem, gpu: Gpu) -> Choice:
+    """The choice, with what the problem or the GPU does not allow put right: where, split, stages, tokens."""
+    form = layout.get(problem.kind)
+    where = choice.where
+    if problem.group == 0:
+        where = "end"
+    elif where == "end" or (where == "group" and problem.group % form.line):
+        where = "before"
+    steps = -(-layout.lines(problem.kind, problem.k) // choice.unroll)
+    split = max(1, min(choice.split, steps))
+    limit = SHARED.get(gpu.capability, 101_376)
+    stages = choice.stages
+    while shared_bytes(choice, problem, stages) > limit:
+        if stages > 2:
+            stages -= 1
+        else:
+            choice, stages = replace(choice, block_m=choice.block_m // 2), choice.stages
+    return replace(choice, where=where, split=split, stages=stages)
+
+
+def mma_sync(block_m: int, warps: int, gpu: Gpu) -> bool:
+    """Whether Triton takes mma.sync for the product: on GPUs without anything else, and for few tokens."""
+    if gpu.capability in (100, 103):
+        return block_m < 16
+    return gpu.capability != 90 or block_m < 16 or warps % 4 != 0
+
+
+def shared_bytes(choice: Choice, problem: Problem, stages: int) -> int:
+    """An upper bound of the shared memory of `_wxa16.gemm`; the compiler does not say when it does not fit."""
+    form = layout.get(problem.kind)
+    how = layout.geometry(problem.kind, problem.scale_dtype, problem.k, problem.group)
+    line = choice.block_n * (form.words + 2 * how.width) * 4 + choice.block_m * form.line * 2
+    return max(stages * choice.unroll * line, choice.block_m * choice.block_n * 4 * 9 // 8) + 1024
+
+
+def candidates(problem: Problem, gpu: Gpu) -> list[Choice]:
+    """Configurations worth timing, the heuristic's first, without duplicates; `neighbours` of the best come next."""
+    form, m = layout.get(problem.kind), problem.m
+    base = max(1, 128 // form.line)
+    tiles: list[tuple[int, int, int]] = []  # block_m, block_n, warps
+    if m <= 8:
+        tiles += [(8, 64, 4), (8, 128, 4), (8, 32, 2), (8, 256, 8)]
+    if m <= 16:
+        tiles += [(16, 64, 4), (16, 128, 4), (16, 128, 8), (16, 32, 2), (16, 64, 2)]
+    elif m <= 32:
+        tiles += [(32, 64, 4), (32, 128, 4), (32, 128, 8), (32, 64, 2), (16, 128, 4)]
+    elif m <= 64:
+        tiles += [(64, 64, 4), (64, 128, 4), (64, 128, 8), (64, 256, 8), (32, 128, 4)]
+    elif m <= 128:
+        tiles += [(128, 64, 4), (128, 128, 8), (128, 256, 8), (64, 128, 4), (64, 256, 8)]
+    else:
+        tiles += [(128, 128, 8), (128, 256, 8), (256, 128, 8), (64, 256, 8), (64, 128, 4)]
+    found = [heuristic(problem, gpu)]
+    if m >= 128:
+        found += [Choice(path="dequant", slab=slab) for slab in (20_000_000, 40_000_000, 80_000_000, 1 << 40)]
+    for block_m, block_n, warps in tiles:
+        for unroll in (base, 2 * base):
+            one = Choice("gemm", block_m, block_n, unroll, 1, warps, 4, group_m=4 if m > block_m else 0)
+            usual = split_for(problem, one, gpu)
+            found += [replace(one, split=split) for split in {usual, 2 * usual}]
+    return list(dict.fromkeys(fitted(one, problem, gpu) for one in found))
+
+
+def neighbours(choice: Choice, problem: Problem, gpu: Gpu) -> list[Choice]:
+    """What to time next, once a choice among `candidates` has won: the same tile with one thing changed."""
+    if choice.path == "dequant":
+        return [replace(choice, slab=choice.slab // 2), replace(choice, slab=choice.slab * 2)]
+    found = [replace(choice, stages=stages) for stages in range(2, 8)]
+    found += [replace(choice, split=split) for split in range(max(1, choice.split - 2), choice.split + 4)]
+    found += [replace(choice, where="group"), replace(choice, pdl=True), replace(choice, unroll=2 * choice.unroll)]
+    found += [replace(choice, group_m=g) for g in ((0, 2, 4, 8, 16) if problem.m > choice.block_m else ())]
+    fit = dict.fromkeys(fitted(one, problem, gpu) for one in found)
+    return [one for one in fit if one != choice]
+
+
+@functools.lru_cache(maxsize=1)
+def load_tables() -> dict[str, dict[str, dict[str, dict[str, Any]]]]:
+    """All tables: GPU name -> key -> M -> fields of a Choice. Raises ValueError for a file of another version."""
+    found: dict[str, dict[str, dict[str, dict[str, Any]]]] = {}
+    folders = [Path(__file__).parent / "tables"]
+    if os.environ.get(TABLES):
+        folders.append(Path(os.environ[TABLES]))
+    for folder in folders:
+        for path in sorted(folder.glob("*.json")):
+            table = json.loads(path.read_text())
+            if table.get("version") != VERSION:
+                raise ValueError(f"{path} is a table of version {table.get('version')}; this is version {VERSION}")
+            entries = found.setdefault(table["gpu"]["name"], {})
+            for key, rows in table["entries"].items():
+                entries.setdefault(key, {}).update(rows)
+    return found
+
+
+def save_table(path: Path, gpu: Gpu, best: Mapping[Problem, Choice], *, notes: Iterable[str] = ()) -> None:
+    """Writes, or merges into the file that is there, the best choice of each problem.
+
+    notes  what the figures came from, versions above all
+    Raises ValueError when the file is of another GPU.
+    """
+    entries: dict[str, dict[str, dict[str, Any]]] = {}
+    table = {"version": VERSION, "gpu": gpu._asdict(), "notes": list(notes)}
+    if path.exists():
+        old = json.loads(path.read_text())
+        if old["gpu"] != table["gpu"] or old["version"] != VERSION:
+            raise ValueError(f"{path} is of {old['gpu']}, version {old['version']}; this is {gpu}")
+        entries = old["entries"]
+    for problem, choice in best.items():
+        entries.setdefault(table_key(problem), {})[str(m_bucket(problem.m))] = asdict(choice)
+    ordered = {key: dict(sorted(rows.items(), key=lambda row: int(row[0]))) for key, rows in sorted(entries.items())}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(table | {"entries": ordered}, indent=1) + "\n")
+    load_tables.cache_clear()
+    _choose.cache_clear()

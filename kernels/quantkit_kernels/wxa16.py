@@ -1,0 +1,355 @@
+"""y = x Wᵀ + b with W as packed codes of 2 to 8 bits and x in bfloat16 or float16.
+
+    x_MK          (..., K) bfloat16 or float16; any leading dimensions. Others run the reference
+    codes, scale, zero, global_scale   as layout.pack lays them out: int32, int32, int32 or None, (1,) float32 or None
+    bias          (N,) float or None
+    order         (K,) integer or None: x[..., order] is what the codes' columns belong to (layout.act_order)
+    counters      (tiles,) int32 zeros or None: one a tile of the output, where a sum is split. They are zero again
+                  afterwards, so a layer may keep them; two calls that run at once must not share them
+    kind, scale_dtype, n, k, group   what is packed, as layout.Packed has it
+    y_MN          (..., N), dtype of x
+
+W is (q - zero) * scale rounded once to the dtype of x: what layout.decode gives. Sums are float32. Where the scale is
+applied after a sum (Choice.where), W is not even rounded.
+
+`wxa16_linear` is the torch operator `quantkit::wxa16_linear`. On a GPU: for few tokens and for some hundreds one kernel
+that decodes in registers, for many the weight decoded slab by slab and multiplied by cuBLAS; choice.py says which.
+Elsewhere the reference. The same input gives the same bits, also where sums are split.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from quantkit_kernels import layout
+from quantkit_kernels.choice import Choice, Problem, choose, gpu_of, mma_sync
+from quantkit_kernels.layout import Packed
+
+MaybeTensor = torch.Tensor | None
+FLOATS = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+def linear(
+    x: torch.Tensor,
+    packed: Packed,
+    bias: MaybeTensor = None,
+    order: MaybeTensor = None,
+    counters: MaybeTensor = None,
+) -> torch.Tensor:
+    """`wxa16_linear` of a Packed."""
+    p = packed
+    return wxa16_linear(
+        x, p.codes, p.scale, p.zero, p.global_scale, bias, order, counters, p.kind, p.scale_dtype, p.n, p.k, p.group
+    )
+
+
+def _check(x: torch.Tensor, packed: Packed, bias: MaybeTensor, order: MaybeTensor, counters: MaybeTensor) -> None:
+    """Shapes and dtypes, before they can be read wrongly. Raises ValueError with the measured ones."""
+    p = packed
+    form, how = layout.get(p.kind), layout.geometry(p.kind, p.scale_dtype, p.k, p.group)
+    high = layout.padded_rows(p.n)
+    if x.dim() == 0 or x.shape[-1] != p.k or not x.is_floating_point():
+        raise ValueError(f"x is {x.dtype} {tuple(x.shape)}; expected float (..., {p.k})")
+    wanted: list[tuple[str, MaybeTensor, torch.dtype, tuple[int, ...], bool]] = [
+        ("codes", p.codes, torch.int32, (layout.lines(p.kind, p.k), high, form.words), True),
+        ("scale", p.scale, torch.int32, (how.rows, high), True),
+        ("zero", p.zero, torch.int32, (how.rows, high), layout.zero_mode(p.kind, p.scale_dtype) == 2),
+        ("global_scale", p.global_scale, torch.float32, (1,), p.kind == "nvfp4"),
+    ]
+    for name, t, dtype, shape, needed in wanted:
+        if (t is not None) != needed:
+            raise ValueError(f"{name} is {'given' if t is not None else 'missing'} for {p.kind} with {p.scale_dtype}")
+        if t is not None and (t.dtype != dtype or tuple(t.shape) != shape or not t.is_contiguous()):
+            raise ValueError(f"{name} is {t.dtype} {tuple(t.shape)}; {p.kind} ({p.n}, {p.k}) has {dtype} {shape}")
+    if bias is not None and tuple(bias.shape) != (p.n,):
+        raise ValueError(f"bias is {tuple(bias.shape)}; expected ({p.n},)")
+    if order is not None and (tuple(order.shape) != (p.k,) or order.is_floating_point()):
+        raise ValueError(f"order is {order.dtype} {tuple(order.shape)}; expected integers ({p.k},)")
+    if counters is not None and (counters.dtype != torch.int32 or counters.dim() != 1):
+        raise ValueError(f"counters are {counters.dtype} {tuple(counters.shape)}; expected int32 (tiles,)")
+
+
+def wxa16_linear_reference(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    zero: MaybeTensor,
+    global_scale: MaybeTensor,
+    bias: MaybeTensor,
+    order: MaybeTensor,
+    counters: MaybeTensor,
+    kind: str,
+    scale_dtype: str,
+    n: int,
+    k: int,
+    group: int,
+) -> torch.Tensor:
+    """Decodes the whole weight, then a dense linear. Any device and float dtype.
+
+    Raises ValueError when the tensors do not belong together.
+    """
+    packed = Packed(kind, n, k, group, 1, scale_dtype, codes, scale, zero, global_scale)
+    _check(x, packed, bias, order, counters)
+    weight = layout.decode(packed, x.dtype)
+    x = x if order is None else x.index_select(-1, order)
+    return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
+
+
+@torch.library.custom_op("quantkit::wxa16_linear", mutates_args=())
+def wxa16_linear(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor | None,
+    global_scale: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    order: torch.Tensor | None,
+    counters: torch.Tensor | None,
+    kind: str,
+    scale_dtype: str,
+    n: int,
+    k: int,
+    group: int,
+) -> torch.Tensor:
+    """The operator: see the module's docstring. Gradients reach x and bias; the weight is fixed."""
+    return wxa16_linear_reference(
+        x, codes, scale, zero, global_scale, bias, order, counters, kind, scale_dtype, n, k, group
+    )
+
+
+@wxa16_linear.register_fake
+def _fake(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    zero: MaybeTensor,
+    global_scale: MaybeTensor,
+    bias: MaybeTensor,
+    order: MaybeTensor,
+    counters: MaybeTensor,
+    kind: str,
+    scale_dtype: str,
+    n: int,
+    k: int,
+    group: int,
+) -> torch.Tensor:
+    packed = Packed(kind, n, k, group, 1, scale_dtype, codes, scale, zero, global_scale)
+    _check(x, packed, bias, order, counters)
+    return x.new_empty(*x.shape[:-1], n)
+
+
+@wxa16_linear.register_kernel("cuda")
+def _cuda(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    zero: MaybeTensor,
+    global_scale: MaybeTensor,
+    bias: MaybeTensor,
+    order: MaybeTensor,
+    counters: MaybeTensor,
+    kind: str,
+    scale_dtype: str,
+    n: int,
+    k: int,
+    group: int,
+) -> torch.Tensor:
+    packed = Packed(kind, n, k, group, 1, scale_dtype, codes, scale, zero, global_scale)
+    gpu = gpu_of(x.device)
+    if x.dtype not in FLOATS or gpu.capability < 80:
+        return wxa16_linear_reference(
+            x, codes, scale, zero, global_scale, bias, order, counters, kind, scale_dtype, n, k, group
+        )
+    _check(x, packed, bias, order, counters)
+    tokens = x.numel() // max(k, 1)
+    choice = choose(Problem(kind, scale_dtype, n, k, group, tokens), gpu)
+    return run_with(choice, x, packed, bias, order, counters)
+
+
+def run_with(
+    choice: Choice,
+    x: torch.Tensor,
+    packed: Packed,
+    bias: MaybeTensor = None,
+    order: MaybeTensor = None,
+    counters: MaybeTensor = None,
+    *,
+    out_dtype: torch.dtype | None = None,
+    assembly: bool = True,
+    out: MaybeTensor = None,
+) -> torch.Tensor:
+    """The kernels in one configuration, of shapes and dtypes that the operator has checked: for it, tuners and tests.
+
+    out_dtype  of the result, the dtype of x if None; float32 shows sums before they are rounded
+    assembly   false: the plain twin of the unpacking, which is slow
+    out        (tokens, N) contiguous of that dtype, to write into
+    """
+    if order is not None:
+        x = x.index_select(-1, order)
+    flat = x.reshape(-1, packed.k)
+    if packed.k > 1 and flat.stride(1) != 1:
+        flat = flat.contiguous()
+    if out is None:
+        out = torch.empty(flat.shape[0], packed.n, dtype=out_dtype or x.dtype, device=x.device)
+    if flat.shape[0] and packed.n:
+        launch = _dequantized if choice.path == "dequant" else _gemm
+        if x.is_cuda:
+            with torch.cuda.device_of(x):
+                launch(choice, flat, packed, bias, counters, out, assembly)
+        else:
+            launch(choice, flat, packed, bias, counters, out, False)
+    return out.view(*x.shape[:-1], packed.n)
+
+
+def constants(packed: Packed, dtype: torch.dtype, where: str, assembly: bool) -> dict[str, object]:
+    """What the unpacking of a weight is compiled for: the constants that all kernels on packed weights share.
+
+    where  "before": HOW is "mul", or "split" where the scale is not exact in `dtype`; else "raw"
+    """
+    from quantkit_kernels._unpack_ptx import assembly as text
+
+    form = layout.get(packed.kind)
+    how = layout.geometry(packed.kind, packed.scale_dtype, packed.k, packed.group)
+    mode, name = layout.zero_mode(packed.kind, packed.scale_dtype), FLOATS[dtype]
+    scaling = "raw" if where != "before" else "mul" if packed.scale_dtype in (name, "e8m0", "e4m3") else "split"
+    two = packed.group > 0 and packed.group * 4 < form.line
+    return {
+        "CODE": form.code,
+        "DT": name,
+        "SCALE": packed.scale_dtype,
+        "LINE": form.line,
+        "GROUP": packed.group,
+        "SPAN": how.span,
+        "WIDTH": how.width,
+        "FIELDS": how.fields,
+        "ZERO": mode,
+        "HOW": scaling,
+        "ASM": text(form.code, name, packed.scale_dtype, scaling, mode, two) if assembly else "",
+        "GLOBAL": packed.global_scale is not None,
+    }
+
+
+def _gemm(
+    choice: Choice,
+    x: torch.Tensor,
+    packed: Packed,
+    bias: MaybeTensor,
+    counters: MaybeTensor,
+    out: torch.Tensor,
+    assembly: bool,
+) -> None:
+    from quantkit_kernels import _wxa16 as kernels
+
+    m, n, k = x.shape[0], packed.n, packed.k
+    tiles = -(-m // choice.block_m) * -(-n // choice.block_n)
+    lines = packed.codes.shape[0]
+    partial = out
+    if choice.split > 1:
+        size = tiles * choice.split * choice.block_m * choice.block_n
+        partial = torch.empty(size, dtype=torch.float32, device=x.device)
+        if counters is None or counters.numel() < tiles:
+            counters = torch.zeros(tiles, dtype=torch.int32, device=x.device)
+    kernels.gemm[(tiles, choice.split)](
+        x,
+        packed.codes,
+        packed.scale,
+        packed.scale if packed.zero is None else packed.zero,
+        packed.scale if packed.global_scale is None else packed.global_scale,
+        out if bias is None else bias,
+        out,
+        partial,
+        packed.codes if counters is None else counters,
+        m,
+        n,
+        packed.codes.shape[1],
+        k,
+        lines,
+        x.stride(0),
+        WHERE=choice.where,
+        BM=choice.block_m,
+        BN=choice.block_n,
+        UNROLL=choice.unroll,
+        SPLIT=choice.split,
+        GROUP_M=choice.group_m,
+        WARPS=choice.warps,
+        EVEN=k == lines * layout.get(packed.kind).line and lines % choice.unroll == 0,
+        BIAS=bias is not None,
+        PDL=choice.pdl,
+        MMA_SYNC=mma_sync(choice.block_m, choice.warps, gpu_of(x.device)),
+        num_warps=choice.warps,
+        num_stages=choice.stages,
+        **({"launch_pdl": True} if choice.pdl else {}),
+        **constants(packed, x.dtype, choice.where, assembly),
+    )
+
+
+def decode_rows(packed: Packed, first: int, out: torch.Tensor, *, assembly: bool = True) -> None:
+    """Rows of the weight from `first` on, as many as `out` (rows, K) has, decoded on the GPU in the dtype of `out`."""
+    from quantkit_kernels import _wxa16 as kernels
+
+    rows, warps = 64, 4
+    kernels.dequantize[(packed.codes.shape[0], -(-out.shape[0] // rows))](
+        packed.codes,
+        packed.scale,
+        packed.scale if packed.zero is None else packed.zero,
+        packed.scale if packed.global_scale is None else packed.global_scale,
+        out,
+        first,
+        first + out.shape[0],
+        packed.codes.shape[1],
+        packed.k,
+        BN=rows,
+        WARPS=warps,
+        num_warps=warps,
+        **constants(packed, out.dtype, "before", assembly),
+    )
+
+
+def _dequantized(
+    choice: Choice,
+    x: torch.Tensor,
+    packed: Packed,
+    bias: MaybeTensor,
+    counters: MaybeTensor,
+    out: torch.Tensor,
+    assembly: bool,
+) -> None:
+    """Slabs of rows, so that a slab's decoded weight is still in the L2 cache when it is multiplied."""
+    rows = max(128, choice.slab // (2 * packed.k) // 128 * 128)
+    scratch = torch.empty(min(rows, packed.n), packed.k, dtype=x.dtype, device=x.device)
+    for first in range(0, packed.n, rows):
+        slab = scratch[: min(rows, packed.n - first)]
+        decode_rows(packed, first, slab, assembly=assembly)
+        part = out[:, first : first + slab.shape[0]]
+        if out.dtype != x.dtype:
+            part.copy_(x.float() @ slab.float().t())
+        elif bias is None:
+            torch.mm(x, slab.t(), out=part)
+        else:
+            torch.addmm(bias[first : first + slab.shape[0]].to(x.dtype), x, slab.t(), out=part)
+    if out.dtype != x.dtype and bias is not None:
+        out += bias
+
+
+def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    _, codes, scale, zero, global_scale, bias, order, _, *ctx.what = inputs
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.save_for_backward(codes, scale, zero, global_scale, order)
+
+
+def _backward(ctx, grad_y):  # type: ignore[no-untyped-def]
+    grad_x = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        codes, scale, zero, global_scale, order = ctx.saved_tensors
+        kind, scale_dtype, n, k, group = ctx.what
+        packed = Packed(kind, n, k, group, 1, scale_dtype, codes, scale, zero, global_scale)
+        grad_x = grad_y @ layout.decode(packed, grad_y.dtype)
+        if order is not None:
+            grad_x = torch.zeros_like(grad_x).index_copy(-1, order, grad_x)
+    if ctx.needs_input_grad[5]:
+        grad_bias = grad_y.reshape(-1, grad_y.shape[-1]).sum(0).to(ctx.bias_dtype)
+    return grad_x, None, None, None, None, grad_bias, *[None] * 7
+
+
+wxa16_linear.register_autograd(_backward, setup_context=_setup_context)
