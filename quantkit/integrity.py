@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from quantkit import numerics, packed
+from quantkit import hub, numerics, packed
 from quantkit.errors import GateError, InputError
 
 TOLERANCE = 1e-5  # marks are of the order of 1; formats that store a reciprocal differ in the last place of float32
@@ -38,13 +38,14 @@ def _signs(count: int, salt: int, device: torch.device) -> torch.Tensor:
 
 
 def check(folder: Path, layers: Sequence[Mapping[str, Any]]) -> None:
-    """Compares every layer on disk with its mark. layers: as in quantkit.json; those without a mark are passed over.
+    """Compares every layer on disk with its mark. layers: as in quantkit.json; those without a mark, and a dense
+    copy of them, are passed over.
 
     Raises GateError that names the layers that differ, or what cannot be read.
     """
     expected = {str(x["name"]): float(x["mark"]) for x in layers if x.get("mark") is not None}
-    if not expected:
-        return
+    if not expected or packed.find_config(folder, hub.read_json(folder / "config.json")) is None:
+        return  # a dense copy: nothing of it is packed
     try:
         found = packed.open_folder(folder)
         wrong = []

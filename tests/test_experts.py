@@ -376,7 +376,7 @@ def test_rules_and_routers(tmp_path: Path) -> None:
 
 def test_validation_of_a_mixture_measures_a_dense_copy_and_says_so(tmp_path: Path) -> None:
     folder = tiny.save(tmp_path / "model", "qwen3-moe")
-    check = {"perplexity": {"data": "builtin:pydocs-heldout", "windows": 1, "length": 32}}
+    check = {"perplexity": {"data": "builtin:pydocs-heldout", "windows": 1, "length": 32}, "gates": {"kl": 1.0}}
     done = quantkit.quantize(recipe(folder, validate=check), out=tmp_path / "out", device="cpu")
     assert done.validation is not None and 0 < done.validation.comparison.kl < 0.2
     again = quantkit.validate(done.out, device="cpu")

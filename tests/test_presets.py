@@ -284,7 +284,7 @@ def test_what_cannot_be_done_is_refused_before_the_work(scheme: object, says: st
 
 @pytest.mark.parametrize("preset", ["FP8", "FP8_DYNAMIC", "NVFP4", "MXFP4", "MXFP6A8", "MXFP8", "W8A8", "W4A8"])
 def test_an_output_is_reloaded_and_measured(preset: str, model: Path, tmp_path: Path) -> None:
-    check = {"perplexity": {"data": "builtin:pydocs-heldout", "windows": 2, "length": 32}}
+    check = {"perplexity": {"data": "builtin:pydocs-heldout", "windows": 2, "length": 32}, "gates": {"kl": 1.0}}
     rules = [{"match": "*down_proj", "scheme": "none"}] if preset == "W4A8" else []
     result = quantkit.quantize(recipe(model, preset, validate=check, rules=rules), out=tmp_path / "out", device="cpu")
     assert result.validation is not None and result.validation.status == "validated"

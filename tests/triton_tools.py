@@ -27,16 +27,41 @@ def _take() -> dict[str, ModuleType]:
     return {name: sys.modules.pop(name) for name in names if not name.startswith("triton._C")}
 
 
+class _Unregistered:
+    """In the place of an operator: its function. A name that is registered twice leaves torch with dead pointers."""
+
+    def __init__(self, function: Any) -> None:
+        self.function = function
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(*args, **kwargs)
+
+    def register_fake(self, function: Any) -> Any:
+        return function
+
+    def register_kernel(self, *_: Any) -> Any:
+        return lambda function: function
+
+    def register_autograd(self, *_: Any, **__: Any) -> None:
+        pass
+
+
+def _unregistered(*_: Any, **__: Any) -> Any:
+    """torch.library.custom_op that registers nothing."""
+    return _Unregistered
+
+
 @contextmanager
 def interpreted(*modules: str) -> Iterator[dict[str, Any]]:
     """Modules of quantkit_kernels, by their names, whose kernels run in Triton's interpreter while this lasts.
 
     Triton decides that when a kernel is defined, those in Triton itself included, so both are imported anew. bfloat16
-    is not for the interpreter: its arithmetic there is silently wrong.
+    is not for the interpreter: its arithmetic there is silently wrong. Operators are plain functions meanwhile.
     """
     outside = _take()
     try:
-        with mock.patch.dict(os.environ, TRITON_INTERPRET="1"):
+        unregistered = mock.patch("torch.library.custom_op", _unregistered)
+        with mock.patch.dict(os.environ, TRITON_INTERPRET="1"), unregistered:
             sys.modules.update(_INTERPRETED)
             yield {name: importlib.import_module(f"quantkit_kernels.{name}") for name in modules}
     finally:
