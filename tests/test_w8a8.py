@@ -223,6 +223,7 @@ CASES: list[tuple[torch.dtype, Config, tuple[int, int, int], Arguments]] = [
     (torch.int8, Config("small", 16, 32, 32, split=4), (2, 33, 64), {"shared": True}),  # parts with nothing to do
     (torch.int8, LARGE, (33, 40, 130), {"shifted": True}),
     (torch.int8, Config("large", 16, 16, 32, halves=2), (150, 72, 40), {"shared": True, "shifted": True}),
+    (torch.int8, Config("library"), (33, 300, 136), {"shifted": True}),  # torch's sums, and a kernel that scales them
     (FP8, Config("small", 16, 32, 128, split=2), (5, 40, 400), {}),
     (FP8, Config("small", 32, 32, 256), (5, 40, 400), {"shared": True}),
     (FP8, Config("large", 16, 16, 64, halves=2), (33, 72, 150), {}),

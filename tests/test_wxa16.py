@@ -171,7 +171,7 @@ BUGS: list[tuple[str, str, str, tuple[str, str, int], dict[str, Any]]] = [
     ("_wxa16", "scale_row(held, LINE, SPAN, WIDTH).to", "scale_row(line * 0, LINE, SPAN, 1).to", CASES[0], {}),
     ("_wxa16", "end = tl.minimum(begin + each,", "end = tl.minimum(begin + each - 1,", CASES[0], {}),
     ("_wxa16", "[None, :] < k)", "[None, :] < k + 8)", CASES[0], {}),
-    ("_wxa16", "for part in range(SPLIT)", "for part in range(SPLIT - 1)", CASES[0], {}),
+    ("_wxa16", "for part in tl.static_range(SPLIT)", "for part in tl.static_range(SPLIT - 1)", CASES[0], {}),
     ("_wxa16", "tl.store(count_ptr + tile, 0)", "pass", CASES[0], {}),
     ("_wxa16", "acc /= tl.load(global_ptr)", "pass", ("nvfp4", "e4m3", 16), {}),
     ("_wxa16", "acc *= scale\n", "acc *= 1\n", ("int8", "fp16", 0), {}),

@@ -320,4 +320,5 @@ def test_decoding_to_memory_and_early_launch(capability: int, tmp_path: Path) ->
     if capability == 90:
         chosen = constants("int4", "bf16", 128, 8, 64, 1, 4, 90, PDL=True)
         made = compile_kernel(_wxa16.gemm, chosen, 90, TYPES, num_warps=4, num_stages=3, launch_pdl=True)
-        assert "griddepcontrol.wait" in made.asm["ptx"]
+        ptx = made.asm["ptx"]
+        assert ptx.index("prefetch.global.L2") < ptx.index("griddepcontrol.wait") < ptx.index("cp.async")

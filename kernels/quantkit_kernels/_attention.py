@@ -295,7 +295,7 @@ def attend(
             base = tl.where(new == float("-inf"), 0.0, new)
             keep = tl.exp2(m - base)
             acc, total, m = acc * keep[:, None], total * keep + tl.exp2(sink - base), new
-        acc *= tl.where(total == 0, 0.0, 1 / total)[:, None]  # a NaN stays one
+        acc *= (1 / tl.where(total == 0, 1.0, total))[:, None]  # nothing seen: zeros
         line = (q_first + row if PACKED else batch * len_q + row) * heads + head
         tl.store(out_ptr + line[:, None] * D + d[None, :], acc, (row < len_q)[:, None] & (d < D)[None, :])
         tl.store(lse_ptr + line, (m + tl.log2(total)) * 0.6931471805599453, row < len_q)

@@ -60,7 +60,7 @@ def attend_specialized(
         total = total * keep + tl.sum(p, 1)
         acc = tl.dot(p.to(v.dtype), v, acc * keep[:, None])
         m = new
-    acc *= tl.where(total == 0, 0.0, 1 / total)[:, None]
+    acc *= (1 / tl.where(total == 0, 1.0, total))[:, None]
     to = (batch.to(tl.int64) * len_q + row) * heads + head
     tl.store(out_ptr + to[:, None] * D + d[None, :], acc.to(out_ptr.dtype.element_ty), (row < len_q)[:, None])
     tl.store(lse_ptr + to, (m + tl.log2(total)) * 0.6931471805599453, row < len_q)

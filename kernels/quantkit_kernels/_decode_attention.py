@@ -68,7 +68,7 @@ def _visible(
     s: tl.tensor,
     n: tl.tensor,
     position: tl.tensor,
-    low: tl.tensor,
+    here: tl.tensor,
     cap: tl.tensor,
     window: tl.tensor,
     WINDOW: tl.constexpr,
@@ -77,7 +77,7 @@ def _visible(
     """Scores (BN, BM) in powers of two, capped; -inf where a query may not look."""
     if CAP:  # cap * tanh, by exp2, whose overflow is a 1
         s = cap - 2 * cap / (tl.exp2(s) + 1)
-    seen = (n[:, None] <= position[None, :]) & (n >= low)[:, None]
+    seen = (n[:, None] <= position[None, :]) & here[:, None]
     if WINDOW:
         seen &= n[:, None] > position[None, :] - window
     return tl.where(seen, s, float("-inf"))
@@ -240,7 +240,7 @@ def decode(
         k = key_tile(at, within(n0 + k_n, low, length), FORMAT, ASM, D, BD, BN, NW)
         at = k_scale_at + place(table_at, page, n0, n, length, k_scale_page, GROUPS, 1, PAGE, BN)
         s = _scores(q, sums, k, at, here, SCALES, GROUPS, FORMAT) * factor[None, :]
-        s = _visible(s, n0 + n, position, low, cap, window, WINDOW, CAP)
+        s = _visible(s, n0 + n, position, here, cap, window, WINDOW, CAP)
         at = v_at + place(table_at, page, n0, v_n, length, v_page * U, v_row * U, BLOCK, PAGE, BN)
         v = value_tile(at, n0 + v_n, low, length, FORMAT, ASM, D, BD, BN, NW)
         at = v_scale_at + place(table_at, page, n0, n, length, v_scale_page, GROUPS, 1, PAGE, BN)
@@ -265,7 +265,7 @@ def decode(
     heads = tl.num_programs(1) // tiles_m * RATIO
     line = ((batch * len_q + token) * heads + query_head) * tl.num_programs(0) + tl.program_id(0)
     sums = tl.sum(total, 0)
-    acc *= tl.where(sums == 0, 0.0, 1 / sums)[None, :]  # a NaN stays one
+    acc *= (1 / tl.where(sums == 0, 1.0, sums))[None, :]  # nothing seen: zeros
     channel = value_channel(tl.arange(0, BD), BD, FORMAT, NW)
     tl.store(out_ptr + line[None, :] * D + channel[:, None], acc, asked[None, :] & (channel < D)[:, None])
     tl.store(lse_ptr + line, m + tl.log2(sums), asked)
@@ -304,6 +304,6 @@ def combine(
         part = tl.load(at, (lse != float("-inf"))[:, None] & (channel < D)[None, :], 0.0)
         acc, total = acc + weight[:, None] * part, total + weight
     whole = tl.sum(total, 0)
-    out = tl.sum(acc, 0) * tl.where(whole == 0, 0.0, 1 / whole)
+    out = tl.sum(acc, 0) / tl.where(whole == 0, 1.0, whole)
     tl.store(out_ptr + line * D + channel, out.to(out_ptr.dtype.element_ty), channel < D)
     tl.store(lse_ptr + line, (base + tl.log2(whole)) * 0.6931471805599453)

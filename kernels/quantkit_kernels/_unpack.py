@@ -12,7 +12,7 @@ How a code becomes a float costs one logic and one arithmetic instruction for tw
     float16, integers    a field or-ed into 1024 is 1024 + q 2^pos; one fma takes the 1024 and the zero point away
     E2M1, E4M3           a code's bits put where the float has them are its value times a power of two
 bfloat16 weights come out times 2^-BIAS, which keeps s 2^93 finite up to scales of 2^33: whoever sums up multiplies by
-2^BIAS. Weights below 2^-86 count as zero.
+2^BIAS. Weights below 2^-86 lose digits, and those below 2^-94 are zero.
 
 The assembly (_unpack_ptx.py) has a twin of plain Triton operations, which runs when ASM is empty: for the interpreter,
 but for its bfloat16, which needs a GPU. Equal to the last bit; with "split" the last bit differs rarely.

@@ -54,6 +54,24 @@ def line_pointers(
 
 
 @triton.jit
+def prefetch_lines(
+    w_ptr: tl.tensor,
+    row: tl.tensor,
+    line: tl.tensor,
+    n_padded: tl.tensor,
+    n_lines: tl.tensor,
+    CODE: tl.constexpr,
+) -> None:
+    """Asks for the first 8 lines of some rows, so that they are on their way to the L2 cache."""
+    stride = n_padded.to(tl.int64) * (24 if CODE == "u3" else 16)
+    for i in tl.static_range(8):
+        at = w_ptr + tl.minimum(line + i, n_lines - 1) * stride + row * 16
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [at.to(tl.int64)], tl.int32, is_pure=False, pack=1
+        )
+
+
+@triton.jit
 def line_scales(at: tl.tensor, n_padded: tl.tensor, WIDTH: tl.constexpr) -> tl.tensor:
     """The word with the scale of each code word of a line: (ROWS, 16), or (ROWS, 1) where it is one word.
 
@@ -278,8 +296,9 @@ def gemm(
     end = tl.minimum(begin + each, tl.cdiv(n_lines, UNROLL))
     x_at = x_ptr + token.to(tl.int64)[:, None] * x_stride + (begin * UNROLL * LINE + tl.arange(0, LINE))[None, :]
     if PDL:
-        tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
+        prefetch_lines(w_ptr, words_row, begin * UNROLL, n_padded, n_lines, CODE)
+        tl.extra.cuda.gdc_wait()  # what comes before may still be at work on x and the workspace, not on the weight
     acc = product(
         x_at, exists, w_ptr, s_ptr, z_ptr, words_row, sums_row, begin, end, n_padded, k, n_lines,
         CODE, DT, SCALE, LINE, GROUP, SPAN, WIDTH, FIELDS, ZERO, HOW, WHERE, ASM, UNROLL, WARPS, EVEN, MMA_SYNC,
@@ -294,8 +313,12 @@ def gemm(
     if last:
         if SPLIT > 1:
             acc = tl.zeros((BN, BM), tl.float32)
-            for part in range(SPLIT):
-                acc += tl.load(part_at + part * (BN * BM), cache_modifier=".cg")
+            if BN * BM <= 512 * WARPS:  # so few that all are waited for together
+                for part in tl.static_range(SPLIT):
+                    acc += tl.load(part_at + part * (BN * BM), cache_modifier=".cg")
+            else:
+                for other in tl.range(0, SPLIT, num_stages=1):
+                    acc += tl.load(part_at + other * (BN * BM), cache_modifier=".cg")
             tl.store(count_ptr + tile, 0)
         acc = finish(
             acc, s_ptr, global_ptr, bias_ptr, row, sums_row, n, DT, SCALE, ZERO, WHERE, BIAS, GLOBAL

@@ -122,16 +122,23 @@ def heuristic(problem: Problem, gpu: Gpu) -> Choice:
     elif m <= 16:
         found = Choice(block_m=16, block_n=64, unroll=steps, stages=5)
     elif m <= 32:
-        found = Choice(block_m=32, block_n=128 if many else 64, unroll=steps, stages=4)
+        found = Choice(block_m=32, block_n=128, unroll=steps, stages=4 if many else 3)
     elif m <= 64 or not many:
         found = Choice(block_m=64, block_n=128, unroll=steps, stages=4, group_m=8 if m > 64 else 0)
-        if not many:
+        if not many or form.line == 256:
             found = replace(found, warps=8)
-    elif m <= 128:
+    elif m <= 128 or -(-problem.n // 128) * -(-m // 256) < gpu.sms:
         found = Choice(block_m=128, block_n=128, unroll=steps, stages=4, warps=8)
     else:
         found = Choice(block_m=256, block_n=128, unroll=steps, stages=3, warps=8, group_m=4)
-    return replace(found, split=split_for(problem, found, gpu))
+    found = replace(found, split=split_for(problem, found, gpu))
+    if m > 16:
+        return found
+    # As many stages as leave room for all programs at once.
+    programs = -(-problem.n // found.block_n) * found.split
+    room = SHARED.get(gpu.capability, 101_376) // max(1, -(-programs // gpu.sms))
+    stages = [s for s in (3, 4, 5, 6) if shared_bytes(found, problem, s - (m <= 8)) <= room]
+    return replace(found, stages=max(stages, default=3))
 
 
 def split_for(problem: Problem, choice: Choice, gpu: Gpu) -> int:

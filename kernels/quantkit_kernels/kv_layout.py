@@ -161,7 +161,7 @@ def quantize(
     scale = torch.where(wide.isnan().any(-1), torch.full_like(scale, float("nan")), scale)
     part = wide / scale[..., None]
     if number == "int4":
-        zero = (-low / scale).round()
+        zero = (-low / scale).round() + 0.0  # no -0, whose bits are others
         codes = (part + zero[..., None]).nan_to_num(nan=0.0).clamp(0, 15).round().int()
     elif number == "int8":
         codes = part.nan_to_num(nan=0.0).clamp(-127, 127).round().to(torch.int8)

@@ -19,6 +19,8 @@ Elsewhere the reference. The same input gives the same bits, also where sums are
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 
@@ -42,6 +44,11 @@ def linear(
     return wxa16_linear(
         x, p.codes, p.scale, p.zero, p.global_scale, bias, order, counters, p.kind, p.scale_dtype, p.n, p.k, p.group
     )
+
+
+def make_counters(n: int, device: torch.device | str | None = None) -> torch.Tensor:
+    """Counters that a layer of `n` rows may keep. Too few, or none: a call makes its own, which costs a kernel."""
+    return torch.zeros(max(64, -(-n // 16)), dtype=torch.int32, device=device)
 
 
 def _check(x: torch.Tensor, packed: Packed, bias: MaybeTensor, order: MaybeTensor, counters: MaybeTensor) -> None:
@@ -205,28 +212,32 @@ def run_with(
 def constants(packed: Packed, dtype: torch.dtype, where: str, assembly: bool) -> dict[str, object]:
     """What the unpacking of a weight is compiled for: the constants that all kernels on packed weights share.
 
-    where  "before": HOW is "mul", or "split" where the scale is not exact in `dtype`; else "raw"
+    where     "before": HOW is "mul", or "split" where the scale is not exact in `dtype`; else "raw"
+    assembly  false: the plain twin
     """
+    return _constants(packed.kind, packed.scale_dtype, packed.group, FLOATS[dtype], where, assembly)
+
+
+@functools.lru_cache(maxsize=256)
+def _constants(kind: str, scale_dtype: str, group: int, dtype: str, where: str, assembly: bool) -> dict[str, object]:
     from quantkit_kernels._unpack_ptx import assembly as text
 
-    form = layout.get(packed.kind)
-    how = layout.geometry(packed.kind, packed.scale_dtype, packed.k, packed.group)
-    mode, name = layout.zero_mode(packed.kind, packed.scale_dtype), FLOATS[dtype]
-    scaling = "raw" if where != "before" else "mul" if packed.scale_dtype in (name, "e8m0", "e4m3") else "split"
-    two = packed.group > 0 and packed.group * 4 < form.line
+    form, how = layout.get(kind), layout.geometry(kind, scale_dtype, 1, group)
+    mode, two = layout.zero_mode(kind, scale_dtype), group > 0 and group * 4 < form.line
+    scaling = "raw" if where != "before" else "mul" if scale_dtype in (dtype, "e8m0", "e4m3") else "split"
     return {
         "CODE": form.code,
-        "DT": name,
-        "SCALE": packed.scale_dtype,
+        "DT": dtype,
+        "SCALE": scale_dtype,
         "LINE": form.line,
-        "GROUP": packed.group,
+        "GROUP": group,
         "SPAN": how.span,
         "WIDTH": how.width,
         "FIELDS": how.fields,
         "ZERO": mode,
         "HOW": scaling,
-        "ASM": text(form.code, name, packed.scale_dtype, scaling, mode, two) if assembly else "",
-        "GLOBAL": packed.global_scale is not None,
+        "ASM": text(form.code, dtype, scale_dtype, scaling, mode, two) if assembly else "",
+        "GLOBAL": kind == "nvfp4",
     }
 
 
