@@ -38,7 +38,7 @@ def can_run(found: Choice, problem: Problem, gpu: Gpu) -> None:
         return
     assert found.block_m in (8, 16, 32, 64, 128, 256) and found.block_n % (16 * found.warps) == 0
     assert 1 <= found.split <= -(-layout.lines(problem.kind, problem.k) // found.unroll)
-    assert choice.shared_bytes(found, problem, found.stages) <= choice.SHARED[gpu.capability] and found.stages >= 1
+    assert choice.shared_bytes(found, problem, found.stages, gpu) <= choice.SHARED[gpu.capability] and found.stages >= 1
     assert found.where in ("before", "group", "end") and (found.where == "end") == (problem.group == 0)
     assert found.where != "group" or problem.group % line == 0
 

@@ -371,3 +371,12 @@ def append(
             to = v_to + (slot // 16) * v_cache_row + word
             old = tl.load(to, mask & (kept != 0), 0)
             tl.store(to, words | (old & kept), mask & (kept != -1))
+
+
+@triton.jit
+def decoded(word_ptr: tl.tensor, out_ptr: tl.tensor, FORMAT: tl.constexpr, ASM: tl.constexpr, N: tl.constexpr) -> None:
+    """The elements of N words a program, in `unpack`'s order: assembly and integers are to give the same bits."""
+    at = tl.program_id(0) * N + tl.arange(0, N)
+    PER: tl.constexpr = 8 if FORMAT == "int4" else 4
+    found = unpack(tl.load(word_ptr + at), FORMAT, ASM).reshape(N, PER)
+    tl.store(out_ptr + at[:, None] * PER + tl.arange(0, PER)[None, :], found)

@@ -74,6 +74,7 @@ class Problem(NamedTuple):
     k: int
     group: int
     m: int
+    dtype: str = "bf16"  # of x
 
 
 @functools.lru_cache(maxsize=64)
@@ -115,18 +116,17 @@ def heuristic(problem: Problem, gpu: Gpu) -> Choice:
     form, m = layout.get(problem.kind), problem.m
     steps = max(1, 128 // form.line)  # lines that make 128 columns
     many = gpu.capability in (90, 100, 103)
-    if m >= (768 if form.bits == 8 else 1024) // (1 if many else 2):
+    if m >= (768 if form.bits == 8 else 1024) // (1 if many else 4):
         return Choice(path="dequant")
     if m <= 8:
         found = Choice(block_m=8, block_n=64, unroll=2 * steps if form.line < 256 else 1, stages=4)
     elif m <= 16:
-        found = Choice(block_m=16, block_n=64, unroll=steps, stages=5)
-    elif m <= 32:
-        found = Choice(block_m=32, block_n=128, unroll=steps, stages=4 if many else 3)
-    elif m <= 64 or not many:
-        found = Choice(block_m=64, block_n=128, unroll=steps, stages=4, group_m=8 if m > 64 else 0)
-        if not many or form.line == 256:
-            found = replace(found, warps=8)
+        wide = many and problem.n >= 16384  # half the instructions around the loop's own, where there are tiles enough
+        found = Choice(block_m=16, block_n=128 if wide else 64, unroll=steps if wide else 256 // form.line, stages=5)
+    elif m <= 32 or not many:
+        found = Choice(block_m=32, block_n=128, unroll=steps, stages=4 if many else 3, group_m=4 if m > 32 else 0)
+    elif m <= 64:
+        found = Choice(block_m=64, block_n=128, unroll=steps, stages=4, warps=8 if form.line == 256 else 4)
     elif m <= 128 or -(-problem.n // 128) * -(-m // 256) < gpu.sms:
         found = Choice(block_m=128, block_n=128, unroll=steps, stages=4, warps=8)
     else:
@@ -137,7 +137,7 @@ def heuristic(problem: Problem, gpu: Gpu) -> Choice:
     # As many stages as leave room for all programs at once.
     programs = -(-problem.n // found.block_n) * found.split
     room = SHARED.get(gpu.capability, 101_376) // max(1, -(-programs // gpu.sms))
-    stages = [s for s in (3, 4, 5, 6) if shared_bytes(found, problem, s - (m <= 8)) <= room]
+    stages = [s for s in (3, 4, 5, 6) if shared_bytes(found, problem, s - (m <= 8), gpu) <= room]
     return replace(found, stages=max(stages, default=3))
 
 
@@ -170,11 +170,13 @@ def fitted(choice: Choice, problem: Problem, gpu: Gpu) -> Choice:
         where = "end"
     elif where == "end" or (where == "group" and problem.group % form.line):
         where = "before"
+    elif choice.block_m <= 32 and problem.group % form.line == 0 and not exact_scale(problem):
+        where = "group"  # a scale that is no float of x costs two products a weight, and a rounding
     steps = -(-layout.lines(problem.kind, problem.k) // choice.unroll)
     split = max(1, min(choice.split, steps))
     limit = SHARED.get(gpu.capability, 101_376)
     stages = choice.stages
-    while shared_bytes(choice, problem, stages) > limit:
+    while shared_bytes(choice, problem, stages, gpu) > limit:
         if stages > 2:
             stages -= 1
         else:
@@ -189,12 +191,20 @@ def mma_sync(block_m: int, warps: int, gpu: Gpu) -> bool:
     return gpu.capability != 90 or block_m < 16 or warps % 4 != 0
 
 
-def shared_bytes(choice: Choice, problem: Problem, stages: int) -> int:
+def exact_scale(problem: Problem) -> bool:
+    """Whether every scale is a float of the dtype of x."""
+    return problem.scale_dtype in ("e8m0", "e4m3", problem.dtype)
+
+
+def shared_bytes(choice: Choice, problem: Problem, stages: int, gpu: Gpu) -> int:
     """An upper bound of the shared memory of `_wxa16.gemm`; the compiler does not say when it does not fit."""
     form = layout.get(problem.kind)
     how = layout.geometry(problem.kind, problem.scale_dtype, problem.k, problem.group)
     line = choice.block_n * (form.words + 2 * how.width) * 4 + choice.block_m * form.line * 2
-    return max(stages * choice.unroll * line, choice.block_m * choice.block_n * 4 * 9 // 8) + 1024
+    size = max(stages * choice.unroll * line, choice.block_m * choice.block_n * 4 * 9 // 8) + 1024
+    if mma_sync(choice.block_m, choice.warps, gpu) and choice.block_m >= 32:
+        size += choice.block_n * form.line * 2  # warps side by side share decoded weights
+    return size
 
 
 def candidates(problem: Problem, gpu: Gpu) -> list[Choice]:

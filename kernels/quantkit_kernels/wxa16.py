@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 
 from quantkit_kernels import layout
-from quantkit_kernels.choice import Choice, Problem, choose, gpu_of, mma_sync
+from quantkit_kernels.choice import Choice, Problem, choose, exact_scale, gpu_of, mma_sync
 from quantkit_kernels.layout import Packed
 
 MaybeTensor = torch.Tensor | None
@@ -170,7 +170,7 @@ def _cuda(
         )
     _check(x, packed, bias, order, counters)
     tokens = x.numel() // max(k, 1)
-    choice = choose(Problem(kind, scale_dtype, n, k, group, tokens), gpu)
+    choice = choose(Problem(kind, scale_dtype, n, k, group, tokens, FLOATS[x.dtype]), gpu)
     return run_with(choice, x, packed, bias, order, counters)
 
 
@@ -224,7 +224,8 @@ def _constants(kind: str, scale_dtype: str, group: int, dtype: str, where: str, 
 
     form, how = layout.get(kind), layout.geometry(kind, scale_dtype, 1, group)
     mode, two = layout.zero_mode(kind, scale_dtype), group > 0 and group * 4 < form.line
-    scaling = "raw" if where != "before" else "mul" if scale_dtype in (dtype, "e8m0", "e4m3") else "split"
+    exact = exact_scale(Problem(kind, scale_dtype, 0, 0, group, 0, dtype))
+    scaling = "raw" if where != "before" else "mul" if exact else "split"
     return {
         "CODE": form.code,
         "DT": dtype,
