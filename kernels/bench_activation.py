@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from bench_baselines import seed_of
-from bench_core import Case, Goal, Maker, Work, kernel
+from bench_core import Case, Goal, Maker, Work, kernel, with_changed
 from bench_gate import Check, same_bytes
 from bench_timing import bytes_of
 
@@ -58,9 +58,12 @@ def inputs(maker: Maker, count: int, weight: bool, wide: int, m: int, k: int) ->
     return [*made, *([1 + 0.1 * maker.normal(k, seed=9)] if weight else [])]
 
 
-def _work(maker: Maker, what: str, kind: str, m: int, k: int) -> Work:
+def _work(maker: Maker, what: str, kind: str, m: int, k: int, sizes: tuple[int, int] | None = None) -> Work:
+    """sizes  elements of a program and of a thread, instead of what the operator takes"""
     name, call, count, weight, wide = OPERATORS[what]
     op, reference = kernel("activation", name), kernel("activation", f"{name}_reference")
+    if sizes is not None:
+        op = with_changed("_activation", op, _TILE=sizes[0], _ELEMENTS=sizes[1])
     given = inputs(maker, count, weight, wide, m, k)
     run, wanted = call(op, kind), call(reference, kind)
     results = run(*given)

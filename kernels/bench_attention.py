@@ -17,14 +17,13 @@ from bench_baselines import (
     prefill_heads,
     sdpa_names,
 )
-from bench_core import Case, Goal, Maker, Work, kernel
+from bench_core import Case, Goal, Maker, Work, kernel, with_changed
 from bench_gate import Check, same_bytes
 from bench_timing import bytes_of
 
 NUMBERS = ("bf16", "fp8", "int8", "int4")
 PAGE = 256
 WAYS = ("auto", "pointers", "descriptors", "flight")
-LAST_WAYS = ("specialized",)  # depends on a pass of the compiler that has hung and crashed: when all else is done
 
 
 # One token over a cache
@@ -58,8 +57,18 @@ def cache(maker: Maker, number: str, heads: Heads, page: int) -> tuple[list[Any]
     return tensors, table, lambda b, h: (one(k[b, h]), one(v[b, h]))
 
 
-def decode(maker: Maker, number: str, heads: Heads, page: int = 0, splits: int = 0) -> Work:
+def decode(
+    maker: Maker,
+    number: str,
+    heads: Heads,
+    page: int = 0,
+    splits: int = 0,
+    sizes: tuple[int, int, int, int] | None = None,
+) -> Work:
+    """sizes  columns and tokens of a tile, warps and stages, instead of what the operator takes"""
     attention = kernel("decode_attention", "decode_attention")
+    if sizes is not None:
+        attention = with_changed("decode_attention", attention, tiling=lambda *_: sizes)
     q = heads.query(maker)
     tensors, table, head = cache(maker, number, heads, page)
     lengths = torch.full((heads.batch,), heads.keys, dtype=torch.int32, device=maker.device)
@@ -132,8 +141,7 @@ def small() -> list[Case]:
     heads = Heads(2, 1, 96, heads=6, kv_heads=2, dim=64)
     made = [Case(f"decode/{number}/small", functools.partial(decode, number=number, heads=heads)) for number in NUMBERS]
     made.append(Case("decode/int4_paged/small", functools.partial(decode, number="int4", heads=heads, page=32)))
-    for way in (*WAYS, *LAST_WAYS):
-        length = 128 if way in LAST_WAYS else 77
-        several = Heads(2, length, length, heads=4, kv_heads=2, dim=64)
+    for way in WAYS:
+        several = Heads(2, 77, 77, heads=4, kv_heads=2, dim=64)
         made.append(Case(f"prefill/{way}/small", functools.partial(prefill, way=way, heads=several)))
     return made

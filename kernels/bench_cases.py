@@ -10,15 +10,12 @@ import bench_activation
 import bench_anchors
 import bench_attention
 import bench_baselines
+import bench_grouped
 import bench_rounded
 import bench_weights
 import compare_marlin
-from bench_core import Case, Maker, Missing, Work
+from bench_core import Case, Maker
 from bench_timing import Ceilings, Timer, Times
-
-
-def grouped(maker: Maker) -> Work:
-    raise Missing("the grouped products of experts are not written yet")
 
 
 def all_cases(marlin: Path | None = None) -> list[Case]:
@@ -29,10 +26,10 @@ def all_cases(marlin: Path | None = None) -> list[Case]:
         *bench_rounded.cases(),
         *bench_activation.cases(),
         *bench_weights.more_cases(),
-        Case("moe/int4_g128/grouped", grouped),
-        *bench_attention.prefill_cases(bench_attention.LAST_WAYS),
+        *bench_grouped.cases(),
     ]
-    others = {case.name: case for case in (*bench_rounded.baselines(), *bench_baselines.attention_cases())}
+    beside_ours = (*bench_rounded.baselines(), *bench_baselines.attention_cases(), *bench_grouped.baselines())
+    others = {case.name: case for case in beside_ours}
     if marlin is not None:
         others |= {case.name: case for case in compare_marlin.cases(marlin, bench_weights.marlin_sizes())}
     top = bench_baselines.ceilings()
@@ -45,7 +42,8 @@ def all_cases(marlin: Path | None = None) -> list[Case]:
 
 def small_cases() -> list[Case]:
     """One of each kind of kernel, at odd sizes: to be checked, not timed."""
-    return [*bench_weights.small(), *bench_rounded.small(), *bench_activation.small(), *bench_attention.small()]
+    products = [*bench_weights.small(), *bench_rounded.small(), *bench_grouped.small()]
+    return [*products, *bench_activation.small(), *bench_attention.small()]
 
 
 def measured_ceilings(maker: Maker, timer: Timer) -> Ceilings:

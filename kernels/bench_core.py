@@ -236,6 +236,23 @@ def kernel(module: str, name: str) -> Any:
         raise Missing(f"quantkit_kernels.{module} has no {name}") from error
 
 
+def with_changed(module: str, function: Callable[..., Any], **values: Any) -> Callable[..., Any]:
+    """A function during whose calls names of a module of the kernels' package stand for other values."""
+    target = importlib.import_module(f"quantkit_kernels.{module}")
+
+    def call(*args: Any, **kw: Any) -> Any:
+        before = {name: getattr(target, name) for name in values}
+        try:
+            for name, value in values.items():
+                setattr(target, name, value)
+            return function(*args, **kw)
+        finally:
+            for name, value in before.items():
+                setattr(target, name, value)
+
+    return call
+
+
 @contextmanager
 def compiling_only() -> Iterator[None]:
     """Inside, Triton's kernels are compiled into its cache on disk where they would be launched, and not launched."""

@@ -58,7 +58,8 @@ def block_product(maker: Maker, n: int, k: int, m: int, config: Any = None) -> W
     down, across = -(-n // 128), -(-k // 128)
 
     def build() -> list[tuple[torch.Tensor, ...]]:
-        codes = (maker.normal(n, k, seed=seed_of("w", n, k), dtype=torch.float32) * 100).to(torch.float8_e4m3fn)
+        codes = maker.normal(n, k, seed=seed_of("w", n, k), dtype=torch.float32) * 100
+        codes = codes.clamp_(-448, 448).to(torch.float8_e4m3fn)
         size = torch.rand(down, across, generator=maker.generator(8), device=maker.device)
         steps = 1.5 ** (torch.arange(down, device=maker.device) % 4)[:, None]
         return maker.rotated(codes, (0.5 + size) * steps * 1e-3)

@@ -16,11 +16,13 @@ git diff --quiet HEAD -- kernels tests 2>/dev/null || commit="$commit (files dif
 export PYTHONPATH="$PWD:$PWD/kernels${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 source='import bench_timing, pathlib; print(bench_timing.kernel_source(pathlib.Path("kernels")))'
 mkdir -p "$out"
+# Most of the time goes into compiling: two processes a file where pytest-xdist is there.
+"$python" -c 'import xdist' 2>/dev/null && parallel="-n ${WORKERS:-2}" || parallel=
 
 for file in tests/gpu/test_*.py; do
     name=$(basename "$file" .py)
     (
-        timeout "${LIMIT:-240}" "$python" -m pytest -q -p no:cacheprovider -m gpu "$file" >"$out/$name.log" 2>&1
+        timeout "${LIMIT:-240}" "$python" -m pytest -q -s -p no:cacheprovider $parallel -m gpu "$file" >"$out/$name.log" 2>&1
         echo $? >"$out/$name.rc"
     ) &
 done
@@ -51,6 +53,7 @@ failed=0
     done
     echo "- compute-sanitizer memcheck: $sanitized"
 } >"$out/summary.md"
+grep -hA3 '^E  ' "$out"/test_*.log | cut -c 1-200 >"$out/errors.txt"
 grep -h '^FAILED\|^ERROR\|^wrong\|Error:' "$out"/test_*.log "$out/small.log" | cut -c 1-300 >"$out/failed.txt"
 cat "$out/summary.md" "$out/failed.txt"
 case $sanitized in "not run" | "exit code 0;"*) ;; *) failed=1 ;; esac

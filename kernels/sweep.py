@@ -10,6 +10,7 @@ output: {"case": ..., "config": ..., "us": ... or null, "why": ...}. Exit codes:
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import multiprocessing
@@ -30,7 +31,7 @@ import bench_cases  # noqa: E402
 import bench_timing  # noqa: E402
 from bench_core import Case, Maker, compiling_only  # noqa: E402
 
-FAMILIES = ("w8a8", "fp8_block", "decode")
+FAMILIES = ("w8a8", "fp8_block", "decode", "act")
 COMPILE_LIMIT = 120
 QUICK = 10  # replays
 
@@ -45,7 +46,13 @@ def sizes(name: str) -> tuple[int, int, int]:
 def variants(case: Case) -> dict[str, dict[str, Any]]:
     """Configurations by what is shown of them: the arguments that `case.make` takes besides."""
     if case.family == "decode":
-        return {f"splits {splits}": {"splits": splits} for splits in (0, 1, 2, 4, 8, 12, 16, 24, 32, 48, 64)}
+        tried: dict[str, dict[str, Any]] = {f"splits {n}": {"splits": n} for n in (0, 2, 4, 8, 12, 16, 24, 32, 48)}
+        for one in itertools.product((8,), (32, 64, 128), (1, 2, 4), (2, 3, 4, 5)):
+            tried["columns {} tokens {} warps {} stages {}".format(*one)] = {"sizes": one}
+        return tried
+    if case.family == "act":
+        tiles = ((2048, 16), (1024, 8), (2048, 8), (4096, 16), (4096, 32), (8192, 32), (8192, 64), (2048, 32))
+        return {f"tile {tile} elements {each}": {"sizes": (tile, each)} for tile, each in tiles}
     from quantkit_kernels._w8a8_choice import Config
 
     n, k, m = sizes(case.name)

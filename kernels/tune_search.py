@@ -35,7 +35,11 @@ def tile(one: Choice) -> tuple[Any, ...]:
 
 def distance(a: Choice, b: Choice) -> float:
     """How much two configurations of one tile differ."""
-    far = abs(a.stages - b.stages) + abs(math.log2(a.split / b.split)) + abs(math.log2(a.unroll / b.unroll))
+    far = (
+        abs(a.stages - b.stages)
+        + abs(math.log2((a.split + 0.5) / (b.split + 0.5)))
+        + abs(math.log2(a.unroll / b.unroll))
+    )
     return far + (a.where != b.where) + (a.group_m != b.group_m) + (a.pdl != b.pdl)
 
 

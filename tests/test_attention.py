@@ -31,7 +31,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
         return made.fill_(math.nan) if made.is_floating_point() else made
 
     monkeypatch.setattr(torch, "empty", poisoned)
-    with interpreted("_attention", "_attention_ws") as modules:
+    with interpreted("_attention") as modules:
         yield modules
 
 
@@ -189,16 +189,6 @@ def test_the_same_bytes_whatever_the_way(kernels: dict[str, Any]) -> None:
         assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
 
 
-def test_the_specialized_kernel_computes_the_same(kernels: dict[str, Any]) -> None:
-    """Its arithmetic; that warps of their own work is tested on the GPU, before its first use there."""
-    module = _attention_launch
-    for causal, len_q in ((True, 130), (False, 40), (True, 260)):
-        p = problem(module, *inputs(1, 2, 1, len_q, 256, 64, torch.float32), causal=causal)
-        out, lse = module.empty(p.q, torch.float32, True)
-        module._launch_specialized(p, out, lse, specialize=False)
-        assert difference((out, lse), p) < 5e-6
-
-
 def wrong_mask(s: Any, *args: Any) -> Any:
     """`_scores` with a token too many on the right."""
     q, k, n, position, *rest = (s, *args)
@@ -311,8 +301,6 @@ def test_what_does_not_fit_is_refused() -> None:
             attention.attention(*args, 0.25, True, **kw)
     with pytest.raises(ValueError, match="scale 0"):
         attention.attention(q, k, v, 0.0, True)
-    with pytest.raises(ValueError, match="takes no queries"):
-        _attention_launch.run(problem(_attention_launch, q, k, v), "specialized")
     with pytest.raises(ValueError, match="no tensor descriptors"):
         p = problem(_attention_launch, *inputs(1, 2, 2, 8, 8, 40, torch.float32))
         _attention_launch.run(p, "flight")

@@ -40,7 +40,14 @@ def cost(one: Choice) -> float:
     if one.path != "gemm":
         return 900.0
     tile = 5 * (one.block_m != 16) + 5 * abs(math.log2(one.block_n / 128)) + 3 * (one.warps != 4)
-    return 20 + tile + abs(math.log2(one.split / 2)) + abs(one.stages - 3) + (one.unroll - 1) + (one.where == "group")
+    return (
+        20
+        + tile
+        + abs(math.log2(max(one.split, 0.25) / 2))
+        + abs(one.stages - 3)
+        + (one.unroll - 1)
+        + (one.where == "group")
+    )
 
 
 class Bench:

@@ -24,7 +24,7 @@ SIZES = [(1, 24, 128), (5, 72, 160), (17, 136, 384), (33, 24, 300)]  # M, N, K
 
 @pytest.fixture
 def modules() -> Iterator[dict[str, Any]]:
-    with interpreted("layout", "choice", "wxa16", "_unpack", "_wxa16") as found:
+    with interpreted("layout", "choice", "wxa16", "_unpack", "_wxa16", "_wxa16_stream") as found:
         yield found
 
 
@@ -37,7 +37,7 @@ def activations(m: int, k: int, seed: int = 0) -> torch.Tensor:
 
 def run(modules: dict[str, Any], choice: dict[str, Any], x: torch.Tensor, p: Any, **kw: Any) -> torch.Tensor:
     """float32 sums of one configuration, into a buffer of NaN, and that the counters are zero afterwards."""
-    problem = modules["choice"].Problem(p.kind, p.scale_dtype, p.n, p.k, p.group, x.shape[0])
+    problem = modules["choice"].Problem(p.kind, p.scale_dtype, p.n, p.k, p.group, x.shape[0], "fp16")
     made = modules["choice"].Choice(**{"block_m": 16, "block_n": 64} | choice)
     fitted = modules["choice"].fitted(made, problem, modules["choice"].Gpu())
     counters = torch.zeros(64, dtype=torch.int32)
@@ -163,7 +163,26 @@ def test_infinite_and_missing_numbers_stay_in_their_row(modules: dict[str, Any])
     assert torch.isfinite(y[good]).all() and torch.isnan(y[5]).all() and not torch.isfinite(y[2]).any()
 
 
+@pytest.mark.parametrize("sms", [1, 2, 3, 5, 7, 40])
+def test_tiles_shared_out_evenly(modules: dict[str, Any], monkeypatch: pytest.MonkeyPatch, sms: int) -> None:
+    """Whole rounds, parts of tiles, tiles of two and of many programs, fewer steps than programs."""
+    monkeypatch.setattr(modules["wxa16"], "resident", lambda *_: sms)
+    for (m, n, k), case, group_m in (
+        ((33, 200, 700), CASES[0], 2),
+        ((5, 136, 1300), CASES[6], 0),
+        ((20, 72, 256), CASES[19], 0),
+        ((3, 264, 400), CASES[5], 0),
+    ):
+        x, p = activations(m, k), packed(*case, n, k)
+        one = {"split": 0, "unroll": 2 if sms == 3 else 1, "group_m": group_m}
+        where = "end" if case[2] == 0 else "before"
+        y = run(modules, one, x, p)
+        assert difference(y, x, rounded(p, where)) < 2e-6
+        assert torch.equal(y, run(modules, one, x, p))
+
+
 # What is changed in a kernel, a text of its source for another, and a weight for which that must show.
+STREAM = {"split": 0, "block_n": 64}
 BUGS: list[tuple[str, str, str, tuple[str, str, int], dict[str, Any]]] = [
     ("_wxa16", "(word * (LINE // 4) // GROUP) % FIELDS", "(word * 0) % FIELDS", ("int4", "fp16", 32), {}),
     ("_wxa16", "LINE // SPAN * WIDTH\n", "LINE // SPAN * WIDTH * 0\n", ("int4", "fp16", 64), {}),
@@ -177,6 +196,10 @@ BUGS: list[tuple[str, str, str, tuple[str, str, int], dict[str, Any]]] = [
     ("_wxa16", "acc *= scale\n", "acc *= 1\n", ("int8", "fp16", 0), {}),
     ("_wxa16", "tl.dot(w, x.T) * scales", "tl.dot(w, x.T)", ("int4", "bf16", 128), {"where": "group"}),
     ("_wxa16", "c // 2 * 16 + c % 2", "c // 2 * 16 + 1 - c % 2", ("int3", "fp16", 128), {}),
+    ("_wxa16_stream", "+ (first_unit(other, programs, units) <= start)", "+ 0 * (other <= start)", CASES[0], STREAM),
+    ("_wxa16_stream", "(unit + 1) * programs - 1", "unit * programs", CASES[0], STREAM),
+    ("_wxa16_stream", "tl.minimum(after - start, steps)", "tl.minimum(after - start, steps - 1)", CASES[0], STREAM),
+    ("_wxa16_stream", "tl.store(count_ptr + tile, 0)", "pass", CASES[0], STREAM),
     ("_unpack", "LOG: tl.constexpr = 3 if WARPS == 8 else 2", "LOG: tl.constexpr = 2", CASES[0], {"warps": 8}),
     ("_unpack", "zero = (holder & 0xFF).to(tl.float32)", "zero = (holder & 0xFE).to(tl.float32)", CASES[6], {}),
     ("_unpack", "q_low = (bits >> (STEP * i))", "q_low = (bits >> (STEP * (i ^ 1)))", CASES[0], {}),
@@ -188,8 +211,11 @@ BUGS: list[tuple[str, str, str, tuple[str, str, int], dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize("bug", [None, *range(len(BUGS))])
-def test_planted_bugs_are_found(modules: dict[str, Any], tmp_path: Path, bug: int | None) -> None:
+def test_planted_bugs_are_found(
+    modules: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, bug: int | None
+) -> None:
     """The comparison with float64 fails for each of them, and holds for the kernels as they are."""
+    monkeypatch.setattr(modules["wxa16"], "resident", lambda *_: 5)
 
     def error(case: tuple[str, str, int], extra: dict[str, Any]) -> float:
         x, p = activations(5, 400), packed(*case, 136, 400)
@@ -215,7 +241,8 @@ def changed(folder: Path, module: str, old: str, new: str) -> Any:
     @contextmanager
     def work() -> Iterator[None]:
         package = sys.modules["quantkit_kernels"]
-        names = ["_unpack", "_wxa16"] if module == "_unpack" else ["_wxa16"]
+        names = ["_wxa16_stream"] if module == "_wxa16_stream" else ["_wxa16"]
+        names = ["_unpack", *names] if module == "_unpack" else names
         before = {name: sys.modules[f"quantkit_kernels.{name}"] for name in names}
         try:
             for name in names:

@@ -37,7 +37,7 @@ def can_run(found: Choice, problem: Problem, gpu: Gpu) -> None:
         assert found.slab > 0
         return
     assert found.block_m in (8, 16, 32, 64, 128, 256) and found.block_n % (16 * found.warps) == 0
-    assert 1 <= found.split <= -(-layout.lines(problem.kind, problem.k) // found.unroll)
+    assert 0 <= found.split <= -(-layout.lines(problem.kind, problem.k) // found.unroll)
     assert choice.shared_bytes(found, problem, found.stages, gpu) <= choice.SHARED[gpu.capability] and found.stages >= 1
     assert found.where in ("before", "group", "end") and (found.where == "end") == (problem.group == 0)
     assert found.where != "group" or problem.group % line == 0
@@ -59,7 +59,7 @@ def test_candidates_can_run_and_begin_with_the_heuristic() -> None:
             problem = Problem(*case[:2], 28672, 4096, case[2], m)
             found = choice.candidates(problem, gpu)
             assert found[0] == choice.fitted(choice.heuristic(problem, gpu), problem, gpu)
-            assert 5 <= len(found) == len(set(found)) <= 40
+            assert 5 <= len(found) == len(set(found)) <= 50
             for one in found:
                 can_run(one, problem, gpu)
             near = choice.neighbours(found[0], problem, gpu)

@@ -203,8 +203,8 @@ def opcodes(lines: list[str]) -> collections.Counter[str]:
     return collections.Counter(names)
 
 
-def code_of(compiled: Any, folder: Path) -> tuple[list[str], list[str]]:
-    """All instructions, and those of the longest loop."""
+def code_of(compiled: Any, folder: Path, inner: str = "") -> tuple[list[str], list[str]]:
+    """All instructions, and those of the longest loop, or of the shortest that has an opcode `inner`."""
     found = re.findall(r"^\s*/\*([0-9a-f]{4,})\*/\s+(.*?);", sass(compiled, folder), re.M)
     everything = [(int(address, 16), text) for address, text in found]
     loops = [[]]  # type: list[list[str]]
@@ -212,6 +212,8 @@ def code_of(compiled: Any, folder: Path) -> tuple[list[str], list[str]]:
         jump = re.search(r"\bBRA\b.*0x([0-9a-f]+)", text)
         if jump and int(jump[1], 16) < address:
             loops.append([t for a, t in everything if int(jump[1], 16) <= a <= address])
+    if inner:
+        return [text for _, text in everything], min((one for one in loops if opcodes(one)[inner]), key=len)
     return [text for _, text in everything], max(loops, key=len)
 
 
@@ -255,6 +257,24 @@ def test_hopper(case: tuple[Any, ...], tmp_path: Path) -> None:
     assert inside["STS"] == inside["SHFL"] == inside["LDG"] == 0 and inside["LDGSTS"] > 0
     weights = block_n * layout.get(kind).line * unroll // (32 * warps)
     assert sum(inside.values()) / weights <= most, f"{sum(inside.values()) / weights:.2f} instructions a weight"
+
+
+@pytest.mark.parametrize(
+    ("block_m", "block_n", "warps", "stages"), [(256, 128, 8, 3), (128, 256, 8, 4), (64, 128, 4, 3), (32, 128, 4, 4)]
+)
+def test_shared_out_evenly_on_hopper(block_m: int, block_n: int, warps: int, stages: int, tmp_path: Path) -> None:
+    """What the loop over tiles needs is kept out of the loop over columns: there is no spill, no plain load or store."""
+    from quantkit_kernels import _wxa16_stream
+
+    given = constants("int4", "bf16", 128, block_m, block_n, 1, warps, 90, GROUP_M=4)
+    for name in ("SPLIT", "PDL"):
+        del given[name]
+    made = compile_kernel(_wxa16_stream.gemm_stream, given, 90, TYPES, num_warps=warps, num_stages=stages)
+    registers, stack = resources(made, tmp_path)
+    _, loop = code_of(made, tmp_path, "HGMMA")
+    assert stack <= 48 and registers <= 255 and made.metadata.shared <= SHARED[90]
+    found = opcodes(loop)
+    assert not any(op in found for op in ("LDL", "STL", "STS", "SHFL", "LDG", "STG")) and found["LDGSTS"] > 0
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,10 @@
 """Chooses between torch's attention and the kernels for a prefill, and launches these; the operator is attention.py's.
 
-The choice follows from shapes, dtypes, strides and what is asked for. Nothing here waits for the GPU, but for the test
-of the specialised kernel, which has to be asked for.
+The choice follows from shapes, dtypes, strides and what is asked for. Nothing here waits for the GPU.
 """
 
 from __future__ import annotations
 
-import functools
 import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -108,13 +106,11 @@ def run(p: Problem, way: str, sizes: Tiling | None = None) -> tuple[torch.Tensor
     out, lse = empty(p.q, p.out_dtype, p.with_lse)
     if p.q.numel() == 0:
         return out, lse
-    if way == "specialized":
-        return _specialized(p, out, lse)
     from quantkit_kernels import _attention as kernels
 
     packed = p.cu_q is not None
     q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (p.q, p.k, p.v))
-    k, v = (t if _aligned(t) else t.contiguous() for t in (k, v))
+    k, v = (t if _aligned(t) else t.clone(memory_format=torch.contiguous_format) for t in (k, v))
     len_q = p.max_len_q if packed else q.shape[2]
     batch = p.cu_q.numel() - 1 if p.cu_q is not None else q.shape[0]
     sizes = sizes or tiling(_capability(q.device), q.shape[-1], len_q)
@@ -202,6 +198,8 @@ def _descriptors(
     both = _matrix(k, packed), _matrix(v, packed)
     none: tuple[str, Any, Any, list[int]] = ("pointers", None, None, [0, 0, 0, 0])
     known = both[0] is not None and both[1] is not None and both[0][:2] == both[1][:2]
+    if k.numel() == 0:
+        return none
     if not known or head_width(k.shape[-1]) != k.shape[-1] or way == "pointers":
         if way in ("descriptors", "flight"):
             raise ValueError(f"no tensor descriptors for keys {tuple(k.shape)} of strides {k.stride()}")
@@ -229,84 +227,6 @@ def empty(q: torch.Tensor, out_dtype: torch.dtype | None, with_lse: bool) -> tup
     if q.dim() == 3:
         return out, lse
     return out.transpose(1, 2), lse.transpose(1, 2) if with_lse else lse
-
-
-def _specialized(p: Problem, out: torch.Tensor, lse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The kernel with warps for loads alone, where it applies and has passed its test here. Raises ValueError."""
-    features = (p.window, p.soft_cap, p.sinks, p.cu_q, p.starts, p.lengths)
-    matrices = [_matrix(t, False) for t in (p.q, p.k, p.v)] if p.cu_q is None else [None]
-    fits = all(f is None for f in features) and all(m is not None for m in matrices) and p.k.shape[2] % 128 == 0
-    if not fits or p.q.shape[3] not in (64, 128) or _capability(p.q.device) != 90:
-        raise ValueError(f"the specialized kernel takes no queries {tuple(p.q.shape)} with what is asked for")
-    if not specialized_works(p.q.device, p.q.dtype, p.q.shape[3]):
-        raise ValueError("the specialized kernel has not passed its test with this version of Triton")
-    _launch_specialized(p, out, lse)
-    return out, lse
-
-
-def _launch_specialized(p: Problem, out: torch.Tensor, lse: torch.Tensor, specialize: bool = True) -> None:
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-    from quantkit_kernels import _attention_ws as kernels
-
-    found: list[tuple[Any, Matrix]] = []
-    for t in (p.q, p.k, p.v):
-        m = _matrix(t, False)
-        assert m is not None
-        found.append((TensorDescriptor(t, [m.rows, m.columns], [t.stride(2), 1], [128, t.shape[3]]), m))
-    (q_desc, q_at), (k_desc, k_at), (v_desc, v_at) = found
-    batch, heads, len_q, head_dim = p.q.shape
-    if k_at[:2] != v_at[:2]:
-        raise ValueError(f"keys of strides {p.k.stride()} and values of {p.v.stride()} do not lie alike")
-    logs = lse if p.with_lse else torch.empty(batch * heads * len_q, dtype=torch.float32, device=p.q.device)
-    with torch.cuda.device_of(p.q):
-        kernels.attend_specialized[(-(-len_q // 128), heads, batch)](
-            q_desc,
-            k_desc,
-            v_desc,
-            out,
-            logs,
-            p.scale * LOG2E,
-            len_q,
-            p.k.shape[2],
-            heads,
-            *q_at[:3],
-            *k_at[:3],
-            v_at.column,
-            RATIO=heads // p.k.shape[1],
-            CAUSAL=p.causal,
-            WS=specialize,
-            D=head_dim,
-            BM=128,
-            BN=128,
-            num_warps=4,
-            num_stages=2,
-        )
-
-
-@functools.cache
-def specialized_works(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
-    """Whether it compiles here and agrees with plain torch on small problems; waits for the GPU, once a process."""
-    g = torch.Generator().manual_seed(0)
-    for causal, len_q, len_k in ((True, 384, 384), (True, 200, 640), (False, 256, 512)):
-        q, k, v = (
-            torch.randn(2, h, n, head_dim, generator=g).to(device, dtype)
-            for h, n in ((4, len_q), (2, len_k), (2, len_k))
-        )
-        p = Problem(q, k, v, 0.1, causal, None, None, None, None, None, 0, None, None, None, False)
-        out, lse = empty(q, None, False)
-        out.fill_(float("nan"))
-        try:
-            _launch_specialized(p, out, lse)
-        except Exception:  # the compiler's, of many kinds
-            return False
-        s = q.float() @ k.float().repeat_interleave(2, 1).mT * 0.1
-        if causal:
-            s = s.masked_fill(~torch.ones(len_q, len_k, dtype=torch.bool, device=device).tril(len_k - len_q), -math.inf)
-        wanted = s.softmax(-1) @ v.float().repeat_interleave(2, 1)
-        if not bool((out.float() - wanted).norm() < 1e-2 * wanted.norm()):
-            return False
-    return True
 
 
 def _capability(device: torch.device) -> int:

@@ -188,7 +188,9 @@ def linear(
     if m * n == 0:
         return torch.empty(shape, dtype=out_dtype, device=x_q.device)
     capability, processors = device_of(x_q.device)
-    config = config or choose_block(m, n, k, capability=capability, processors=processors)
+    if config is None:
+        fits = capability == (9, 0) and has_library() and n % 128 == k % 128 == m % 4 == 0
+        config = choose_block(m, n, k, fits=fits, capability=capability, processors=processors)
     x_scale, weight_scale = x_scale.contiguous(), weight_scale.contiguous()
     if config.path == "library":
         return library(x_MK, x_scale, weight, weight_scale, bias, out_dtype).view(shape)
@@ -206,6 +208,12 @@ def linear(
     return y
 
 
+def has_library() -> bool:
+    """Whether this torch has a product of FP8 with scales of blocks: from 2.10 on, with CUDA 12.9."""
+    cuda = tuple(int(part) for part in (torch.version.cuda or "0.0").split(".")[:2])
+    return hasattr(F, "scaled_mm") and hasattr(F, "ScalingType") and cuda >= (12, 9)
+
+
 def library(
     x_MK: torch.Tensor,
     x_scale_GM: torch.Tensor,
@@ -214,7 +222,7 @@ def library(
     bias: torch.Tensor | None,
     out_dtype: torch.dtype,
 ) -> torch.Tensor:
-    """torch's own: torch 2.10, CUDA 12.9 and capability 9.0, N and K multiples of 128. Never chosen by itself.
+    """torch's own: `has_library`, capability 9.0, N and K multiples of 128, M of 4.
 
     It takes the weight's scales with rows of a multiple of 4 blocks, and copies them where that takes padding.
     """

@@ -1,6 +1,7 @@
 """Which kernel makes a product of 8-bit operands, and with which tile: by shape and GPU, before the launch.
 
-Figures to start from, by resources that compiled kernels use: none has been timed yet.
+Figures are from resources that compiled kernels use and from an H200 (kernels/RESULTS.md); torch's own products are
+taken where they were the faster ones there.
 """
 
 from __future__ import annotations
@@ -56,8 +57,10 @@ def choose(m: int, n: int, k: int, *, fp8: bool, fits: bool, capability: tuple[i
     return _filling((wide, square), m, n, k, processors, tallest=128)
 
 
-def choose_block(m: int, n: int, k: int, *, capability: tuple[int, int], processors: int) -> Config:
-    """For FP8 with scales of 128 x 128 and 1 x 128."""
+def choose_block(m: int, n: int, k: int, *, fits: bool, capability: tuple[int, int], processors: int) -> Config:
+    """For FP8 with scales of 128 x 128 and 1 x 128. fits: torch's own product takes these operands."""
+    if fits and m >= 64:
+        return Config("library")
     return _filling(_wide_by_halves(capability), m, n, k, processors, tallest=64)
 
 

@@ -30,7 +30,7 @@ import torch
 from quantkit_kernels._attention_launch import Problem, empty, prefer_sdpa, run, sdpa
 from quantkit_kernels.kv_layout import MaybeTensor, named
 
-WAYS = ("auto", "sdpa", "pointers", "descriptors", "flight", "specialized")
+WAYS = ("auto", "sdpa", "pointers", "descriptors", "flight")
 
 
 def attention_reference(
@@ -177,8 +177,7 @@ def attention(
     """The operator: out and lse, see the module's docstring.
 
     way  "auto"; "sdpa" for torch's own attention; or how the kernel loads keys and values: "pointers", which always
-         works, "descriptors" and "flight" (`_attention.py`), "specialized" (`_attention_ws.py`). What does not apply
-         raises ValueError.
+         works, "descriptors" and "flight" (`_attention.py`). What does not apply raises ValueError.
     """
     return attention_reference(
         q, k, v, scale, causal, window, soft_cap, sinks, cu_seqlens_q, cu_seqlens_k, max_len_q, key_starts,

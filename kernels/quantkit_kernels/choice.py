@@ -44,7 +44,8 @@ class Choice:
     """One configuration.
 
     path      "gemm": the kernel; "dequant": the weight decoded in slabs, each multiplied by cuBLAS
-    block_m, block_n, unroll, split, warps, stages   tokens, rows, lines at once, programs a tile, as _wxa16.gemm
+    block_m, block_n, unroll, split, warps, stages   tokens, rows, lines at once, programs a tile, as _wxa16.gemm;
+              split 0: all tiles shared out evenly among as many programs as run at once, _wxa16_stream.gemm_stream
     where     "before", "group" or "end": when the scale is applied; "group" needs groups of whole lines, "end" is for
               one scale a row, and there always taken
     group_m   token tiles that go over the rows together, 0: one after the other
@@ -132,6 +133,8 @@ def heuristic(problem: Problem, gpu: Gpu) -> Choice:
     else:
         found = Choice(block_m=256, block_n=128, unroll=steps, stages=3, warps=8, group_m=4)
     found = replace(found, split=split_for(problem, found, gpu))
+    if m <= 32 and not exact_scale(problem):
+        found = replace(found, where="group")  # such a scale costs two products a weight, and a rounding
     if m > 16:
         return found
     # As many stages as leave room for all programs at once.
@@ -170,10 +173,8 @@ def fitted(choice: Choice, problem: Problem, gpu: Gpu) -> Choice:
         where = "end"
     elif where == "end" or (where == "group" and problem.group % form.line):
         where = "before"
-    elif choice.block_m <= 32 and problem.group % form.line == 0 and not exact_scale(problem):
-        where = "group"  # a scale that is no float of x costs two products a weight, and a rounding
     steps = -(-layout.lines(problem.kind, problem.k) // choice.unroll)
-    split = max(1, min(choice.split, steps))
+    split = min(choice.split, steps)
     limit = SHARED.get(gpu.capability, 101_376)
     stages = choice.stages
     while shared_bytes(choice, problem, stages, gpu) > limit:
@@ -189,6 +190,14 @@ def mma_sync(block_m: int, warps: int, gpu: Gpu) -> bool:
     if gpu.capability in (100, 103):
         return block_m < 16
     return gpu.capability != 90 or block_m < 16 or warps % 4 != 0
+
+
+def resident(choice: Choice, problem: Problem, gpu: Gpu) -> int:
+    """Programs that run at once on the whole GPU; what a wrong answer costs is time."""
+    shared = shared_bytes(choice, problem, choice.stages, gpu)
+    registers = choice.warps * 32 * min(255, 64 + choice.block_m * choice.block_n // (choice.warps * 32))
+    each = min(SHARED.get(gpu.capability, 101_376) // shared, 65_536 // registers, 48 // choice.warps)
+    return gpu.sms * max(1, each)
 
 
 def exact_scale(problem: Problem) -> bool:
@@ -223,7 +232,7 @@ def candidates(problem: Problem, gpu: Gpu) -> list[Choice]:
     elif m <= 128:
         tiles += [(128, 64, 4), (128, 128, 8), (128, 256, 8), (64, 128, 4), (64, 256, 8)]
     else:
-        tiles += [(128, 128, 8), (128, 256, 8), (256, 128, 8), (64, 256, 8), (64, 128, 4)]
+        tiles += [(128, 128, 8), (128, 256, 8), (256, 128, 8), (64, 256, 8), (128, 128, 4)]
     found = [heuristic(problem, gpu)]
     if m >= 128:
         found += [Choice(path="dequant", slab=slab) for slab in (20_000_000, 40_000_000, 80_000_000, 1 << 40)]
@@ -232,6 +241,8 @@ def candidates(problem: Problem, gpu: Gpu) -> list[Choice]:
             one = Choice("gemm", block_m, block_n, unroll, 1, warps, 4, group_m=4 if m > block_m else 0)
             usual = split_for(problem, one, gpu)
             found += [replace(one, split=split) for split in {usual, 2 * usual}]
+            if m > 16 and unroll == base:
+                found += [replace(one, split=0, stages=stages) for stages in (3, 4)]
     return list(dict.fromkeys(fitted(one, problem, gpu) for one in found))
 
 
@@ -240,7 +251,9 @@ def neighbours(choice: Choice, problem: Problem, gpu: Gpu) -> list[Choice]:
     if choice.path == "dequant":
         return [replace(choice, slab=choice.slab // 2), replace(choice, slab=choice.slab * 2)]
     found = [replace(choice, stages=stages) for stages in range(2, 8)]
-    found += [replace(choice, split=split) for split in range(max(1, choice.split - 2), choice.split + 4)]
+    if choice.split:
+        found += [replace(choice, split=split) for split in range(max(1, choice.split - 2), choice.split + 4)]
+    found += [replace(choice, split=0)]
     found += [replace(choice, where="group"), replace(choice, pdl=True), replace(choice, unroll=2 * choice.unroll)]
     found += [replace(choice, group_m=g) for g in ((0, 2, 4, 8, 16) if problem.m > choice.block_m else ())]
     fit = dict.fromkeys(fitted(one, problem, gpu) for one in found)

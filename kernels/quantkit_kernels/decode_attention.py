@@ -27,8 +27,8 @@ import torch
 from quantkit_kernels.kv_layout import Layout, MaybeTensor, check_sequences, dequantize, layout, named, scale_strides
 
 LOG2E = 1.0 / math.log(2.0)
-WAVES = 4  # programs for each multiprocessor, at least, where there is work for so many
-MIN_TILES = 2  # of a range
+WAVES = 4  # programs for each multiprocessor at the most, where several ranges are needed to have them
+MIN_TILES = 4  # of a range
 
 
 def decode_attention_reference(
@@ -180,7 +180,7 @@ def tiling(number: str, head_dim: int, columns: int) -> tuple[int, int, int, int
 
 def ranges(programs: int, tiles: int, multiprocessors: int) -> int:
     """Into how many ranges to cut a cache of `tiles` tiles, when `programs` others work side by side anyway."""
-    wanted = -(-WAVES * multiprocessors // max(programs, 1))
+    wanted = WAVES * multiprocessors // max(programs, 1)
     return max(1, min(wanted, tiles // MIN_TILES))
 
 

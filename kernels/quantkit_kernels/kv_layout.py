@@ -151,12 +151,12 @@ def quantize(
     if number == "int4":
         finite = wide.nan_to_num(nan=0.0, posinf=float("inf"), neginf=float("-inf"))
         low, high = finite.amin(-1).clamp(max=0), finite.amax(-1).clamp(min=0)
-        scale = ((high - low) / 15).bfloat16().float().clamp(min=SMALLEST)
+        scale = _divided(high - low, 15).bfloat16().float().clamp(min=SMALLEST)
     elif fixed is not None:
         codes = (x.float() / fixed.float()).clamp(-448, 448).to(torch.float8_e4m3fn)
         return codes, None, None
     else:
-        scale = (size / (448 if number == "fp8" else 127)).clamp(min=SMALLEST)
+        scale = _divided(size, 448 if number == "fp8" else 127).clamp(min=SMALLEST)
     scale = torch.where(size == 0, torch.ones_like(scale), scale)
     scale = torch.where(wide.isnan().any(-1), torch.full_like(scale, float("nan")), scale)
     part = wide / scale[..., None]
@@ -168,6 +168,11 @@ def quantize(
     else:
         codes = part.clamp(-448, 448).to(torch.float8_e4m3fn)
     return codes.flatten(-2), scale, zero
+
+
+def _divided(x: torch.Tensor, by: float) -> torch.Tensor:
+    """x / by, nearest also on a GPU: there torch multiplies by the inverse of a number that is no tensor."""
+    return x / torch.full_like(x, by)
 
 
 def _key_order(head_dim: int, device: torch.device) -> torch.Tensor:

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 
 from quantkit_kernels import layout
-from quantkit_kernels.choice import Choice, Problem, choose, exact_scale, gpu_of, mma_sync
+from quantkit_kernels.choice import Choice, Problem, choose, exact_scale, gpu_of, mma_sync, resident
 from quantkit_kernels.layout import Packed
 
 MaybeTensor = torch.Tensor | None
@@ -251,18 +251,23 @@ def _gemm(
     out: torch.Tensor,
     assembly: bool,
 ) -> None:
-    from quantkit_kernels import _wxa16 as kernels
-
     m, n, k = x.shape[0], packed.n, packed.k
+    gpu, lines = gpu_of(x.device), packed.codes.shape[0]
     tiles = -(-m // choice.block_m) * -(-n // choice.block_n)
-    lines = packed.codes.shape[0]
+    problem = Problem(packed.kind, packed.scale_dtype, n, k, packed.group, m, FLOATS[x.dtype])
+    programs = resident(choice, problem, gpu) if choice.split == 0 else tiles
     partial = out
-    if choice.split > 1:
-        size = tiles * choice.split * choice.block_m * choice.block_n
-        partial = torch.empty(size, dtype=torch.float32, device=x.device)
+    if choice.split != 1:
+        parts = 2 * programs if choice.split == 0 else tiles * choice.split
+        partial = torch.empty(parts * choice.block_m * choice.block_n, dtype=torch.float32, device=x.device)
         if counters is None or counters.numel() < tiles:
             counters = torch.zeros(tiles, dtype=torch.int32, device=x.device)
-    kernels.gemm[(tiles, choice.split)](
+    options: dict[str, object] = {"WHERE": choice.where, "BM": choice.block_m, "BN": choice.block_n}
+    options |= {"UNROLL": choice.unroll, "GROUP_M": choice.group_m, "WARPS": choice.warps, "BIAS": bias is not None}
+    options |= {"EVEN": k == lines * layout.get(packed.kind).line and lines % choice.unroll == 0}
+    options |= {"MMA_SYNC": mma_sync(choice.block_m, choice.warps, gpu)}
+    options |= {"num_warps": choice.warps, "num_stages": choice.stages}
+    arguments = (
         x,
         packed.codes,
         packed.scale,
@@ -278,22 +283,17 @@ def _gemm(
         k,
         lines,
         x.stride(0),
-        WHERE=choice.where,
-        BM=choice.block_m,
-        BN=choice.block_n,
-        UNROLL=choice.unroll,
-        SPLIT=choice.split,
-        GROUP_M=choice.group_m,
-        WARPS=choice.warps,
-        EVEN=k == lines * layout.get(packed.kind).line and lines % choice.unroll == 0,
-        BIAS=bias is not None,
-        PDL=choice.pdl,
-        MMA_SYNC=mma_sync(choice.block_m, choice.warps, gpu_of(x.device)),
-        num_warps=choice.warps,
-        num_stages=choice.stages,
-        **({"launch_pdl": True} if choice.pdl else {}),
-        **constants(packed, x.dtype, choice.where, assembly),
     )
+    fixed = constants(packed, x.dtype, choice.where, assembly)
+    if choice.split == 0:
+        from quantkit_kernels import _wxa16_stream
+
+        _wxa16_stream.gemm_stream[(programs,)](*arguments, **options, **fixed)
+        return
+    from quantkit_kernels import _wxa16
+
+    options |= {"SPLIT": choice.split, "PDL": choice.pdl} | ({"launch_pdl": True} if choice.pdl else {})
+    _wxa16.gemm[(tiles, choice.split)](*arguments, **options, **fixed)
 
 
 def decode_rows(packed: Packed, first: int, out: torch.Tensor, *, assembly: bool = True) -> None:

@@ -85,12 +85,13 @@ def poisoned() -> Iterator[None]:
 
 @pytest.mark.parametrize(("n", "k"), SHAPES)
 def test_integers_to_the_bit(n: int, k: int) -> None:
-    for m in TOKENS:
-        for given in (by_rows(torch.int8, m, n, k, bias=m % 2 == 0), shifted(by_rows(torch.int8, m, n, k))):
-            for out_dtype in (torch.float32, torch.bfloat16):
-                with poisoned():
-                    y = w8a8_linear(**given | {"out_dtype": out_dtype})
-                assert torch.equal(y, w8a8_linear_reference(**given | {"out_dtype": out_dtype}))
+    for m in TOKENS:  # what is compiled anew costs seconds: each number of tokens once, the rest where it matters
+        out_dtype = torch.bfloat16 if m % 4 == 1 else torch.float32
+        made = [by_rows(torch.int8, m, n, k, bias=m % 2 == 0), shifted(by_rows(torch.int8, m, n, k))]
+        for given in made if m in (3, 65, 257) else made[m % 4 == 1 :][:1]:
+            with poisoned():
+                y = w8a8_linear(**given | {"out_dtype": out_dtype})
+            assert torch.equal(y, w8a8_linear_reference(**given | {"out_dtype": out_dtype}))
 
 
 @pytest.mark.parametrize(("n", "k"), SHAPES)
@@ -98,9 +99,10 @@ def test_fp8_by_rows(n: int, k: int) -> None:
     for m in TOKENS:
         given = by_rows(FP8, m, n, k, bias=m % 2 == 0)
         whole = given | {"x_scale": torch.full((1,), 0.3).cuda(), "weight_scale": torch.full((1,), 0.1).cuda()}
-        for one in (given, whole):
+        dtypes = ((torch.float32, 0.0), (torch.bfloat16, 3e-3), (torch.float16, 5e-4))
+        for one in (given, whole) if m in (3, 65) else (given,):
             wanted = w8a8_linear_reference(**one)
-            for out_dtype, rounding in ((torch.float32, 0.0), (torch.bfloat16, 3e-3), (torch.float16, 5e-4)):
+            for out_dtype, rounding in dtypes if m in (17, 257) else dtypes[:1]:
                 smaller = one if out_dtype != torch.float16 else one | {"weight_scale": one["weight_scale"] * 1e-6}
                 reference = wanted if smaller is one else w8a8_linear_reference(**smaller)
                 with poisoned():
@@ -113,7 +115,7 @@ def test_fp8_by_blocks(n: int, k: int) -> None:
     for m in TOKENS:
         given = by_blocks(m, n, k)
         wanted = fp8_block_linear_reference(**given)
-        for out_dtype, rounding in ((torch.float32, 0.0), (torch.bfloat16, 3e-3)):
+        for out_dtype, rounding in ((torch.float32, 0.0), (torch.bfloat16, 3e-3))[: 1 + (m in (17, 257))]:
             with poisoned():
                 y = fp8_block_linear(**given | {"out_dtype": out_dtype})
             assert error(y, wanted) < FP8_ERROR + rounding, (m, out_dtype)
