@@ -13,7 +13,7 @@ out=${1:-build/gpu_check}
 python=${PYTHON:-python3}
 commit=${COMMIT:-$(git rev-parse --short=12 HEAD 2>/dev/null || echo unknown)}
 git diff --quiet HEAD -- kernels tests 2>/dev/null || commit="$commit (files differ from it, or git is not here)"
-export PYTHONPATH="$PWD:$PWD/kernels${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+export PYTHONPATH="$PWD:$PWD/kernels:$PWD/eval${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 source='import bench_timing, pathlib; print(bench_timing.kernel_source(pathlib.Path("kernels")))'
 mkdir -p "$out"
 # Most of the time goes into compiling: two processes a file where pytest-xdist is there.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -94,7 +95,11 @@ def test_a_table_is_written_merged_and_asked_first(tmp_path: Path, monkeypatch: 
     near = small._replace(n=6656, k=4224)  # in the same buckets
     assert choice.choose(near, gpu) == fast
     assert choice.choose(large, gpu).path == "dequant"
-    assert choice.choose(small._replace(kind="int4z"), gpu) != fast and choice.choose(small, Gpu()) != fast
+    assert choice.choose(small._replace(kind="int4z", group=64), gpu) == choice.fitted(
+        fast, small._replace(group=64), gpu
+    )
+    assert choice.choose(small._replace(scale_dtype="fp16"), gpu) == dataclasses.replace(fast, where="group")
+    assert choice.choose(small._replace(kind="int8"), gpu) != fast and choice.choose(small, Gpu("another")) != fast
     assert choice.choose(small._replace(m=2), gpu) == choice.fitted(
         choice.heuristic(small._replace(m=2), gpu), small._replace(m=2), gpu
     )

@@ -75,14 +75,15 @@ def unpack_codes(words: torch.Tensor, code: str, line: int, pairs: int) -> torch
     """The inverse: uint8 (N', L line), padding included."""
     count, high = words.shape[:2]
     flat = words.reshape(count, -1)
+    if code in _BYTES:
+        return _unpack_bytes(flat, _BYTES[code], count, high, line)
     two = flat[:, : high * 16].view(count, high, 4, 4)
     found = []  # i, v
     if code == "e2m1":
         views = (two, two << 3, two << 6 ^ two << 2, _shift(two, 3) ^ two << 1)
         found = [[_e2m1_code(_shift(view, 16 * v)) for v in (0, 1)] for view in views]
     else:
-        step = {"u2": 2, "u3": 2, "u4": 4, "u8": 8, "e4m3": 8}[code]
-        found = [[two >> (16 * v + step * i) & ((1 << step) - 1) for v in (0, 1)] for i in range(pairs)]
+        found = [[two >> (16 * v + 2 * i) & 3 for v in (0, 1)] for i in range(pairs)]
     if code == "u3":
         plane = flat[:, high * 16 :].view(count, high // 8, 4, 8, 2).permute(0, 1, 3, 2, 4).reshape(count, high, 4, 2)
         third = torch.stack([plane, plane >> 8], -1).flatten(-2)
@@ -91,6 +92,18 @@ def unpack_codes(words: torch.Tensor, code: str, line: int, pairs: int) -> torch
                 found[i][v] = found[i][v] | (third >> (16 * v + PLANE_BITS[i]) & 1) << 2
     c = torch.stack([torch.stack([f.to(torch.uint8) for f in pair], -1) for pair in found], -2)  # L, N', t, j, i, v
     return c.permute(1, 0, 3, 4, 2, 5).reshape(high, count * line)
+
+
+_BYTES = {"u2": 4, "u4": 2, "u8": 1, "e4m3": 1}  # codes in a byte, where they lie in bytes one after the other
+
+
+def _unpack_bytes(flat: torch.Tensor, each: int, count: int, high: int, line: int) -> torch.Tensor:
+    """Such codes, several times faster than word by word: every temporary has one byte a code."""
+    stored = flat.contiguous().view(torch.uint8).view(count, high, 4, 4, 2, 2)  # L, N', t, j, v, byte of a half
+    width = 8 // each
+    codes = [stored if each == 1 else stored >> (width * q) & ((1 << width) - 1) for q in range(each)]
+    c = torch.stack(codes, -1)  # column 8 pairs j + 8 (each byte + q) + 2 t + v
+    return c.permute(1, 0, 3, 5, 6, 2, 4).reshape(high, count * line)
 
 
 def _shift(words: torch.Tensor, by: int) -> torch.Tensor:

@@ -1,8 +1,8 @@
 """Which tiles, how many stages, how often split: the configuration of a weight-only product, chosen in Python.
 
 A table that was measured on a GPU answers first (`tables/*.json`, one file a GPU, and those in the folder that the
-environment variable QUANTKIT_KERNELS_TABLES names, which win); shapes that it does not know, and GPUs without a table,
-get what `heuristic` computes. Nothing is measured here: `candidates`, then `neighbours`, list what is worth timing,
+environment variable QUANTKIT_KERNELS_TABLES names, which win), if need be with its figures for a like weight; shapes
+that it does not know, and GPUs without a table, get what `heuristic` computes. Nothing is measured here: `candidates`, then `neighbours`, list what is worth timing,
 `wxa16.run_with` runs one of them, `save_table` writes what was found.
 
     entries of a table   "int4/bf16/g128/30x24": {"16": {"block_m": 16, ...}, ...}
@@ -93,9 +93,21 @@ def choose(problem: Problem, gpu: Gpu) -> Choice:
 
 @functools.lru_cache(maxsize=4096)
 def _choose(problem: Problem, gpu: Gpu) -> Choice:
-    entry = load_tables().get(gpu.name, {}).get(table_key(problem), {}).get(str(problem.m))
+    table = load_tables().get(gpu.name, {})
+    keys = [table_key(one) for one in (problem, *relatives(problem))]
+    entry = next((row for key in keys if (row := table.get(key, {}).get(str(problem.m)))), None)
     found = heuristic(problem, gpu) if entry is None else Choice(**entry)
+    if table_key(problem) not in table and problem.m <= 32 and not exact_scale(problem):
+        found = replace(found, where="group")
     return fitted(found, problem, gpu)
+
+
+def relatives(problem: Problem) -> list[Problem]:
+    """Weights of as many bits whose figures are nearer than a guess: without zero points, bf16 scales, groups of 128."""
+    if not problem.group or not layout.get(problem.kind).integer:
+        return []
+    plain = problem._replace(kind=problem.kind.removesuffix("z"), scale_dtype="bf16")
+    return [plain, plain._replace(group=128)]
 
 
 def bucket(size: int) -> int:

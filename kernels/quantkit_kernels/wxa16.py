@@ -99,7 +99,8 @@ def wxa16_linear_reference(
     packed = Packed(kind, n, k, group, 1, scale_dtype, codes, scale, zero, global_scale)
     _check(x, packed, bias, order, counters)
     weight = layout.decode(packed, x.dtype)
-    x = x if order is None else x.index_select(-1, order)
+    # contiguous: torch's product on a CPU reads beyond the columns of a strided bfloat16 x, and NaN there would count
+    x = x.contiguous() if order is None else x.index_select(-1, order)
     return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
 
 
