@@ -17,10 +17,12 @@ _LAZY = {
     "quantize": "quantkit.api",
     "validate": "quantkit.api",
     "load": "quantkit.api",
+    "generate": "quantkit.runtime.generate",
+    "KVCache": "quantkit.runtime.kv_cache",
     "Recipe": "quantkit.recipe",
 }
 
-__all__ = ["Recipe", "load", "quantize", "validate"]
+__all__ = ["KVCache", "Recipe", "generate", "load", "quantize", "validate"]
 
 
 def __getattr__(name: str) -> Any:

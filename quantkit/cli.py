@@ -14,14 +14,14 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
-from enum import Enum
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
 import typer
 
-from quantkit import __version__
+from quantkit import __version__, cli_running
+from quantkit.cli_running import Device, DeviceOption
 from quantkit.errors import GateError, InputError, MissingError, QuantkitError
 
 if TYPE_CHECKING:
@@ -49,14 +49,6 @@ app = typer.Typer(
 )
 
 
-class Device(str, Enum):
-    """Where the arithmetic runs."""
-
-    auto = "auto"
-    cpu = "cpu"
-    cuda = "cuda"
-
-
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file.", show_default=False)]
 Model = Annotated[
     str | None, typer.Option("--model", help="Instead of the recipe's model: a Hub id, a folder, or builtin:NAME.")
@@ -65,7 +57,6 @@ Sets = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Replaces one value of the recipe: calibration.samples=64."),
 ]
-DeviceOption = Annotated[Device, typer.Option("--device", help="Where the arithmetic runs.")]
 
 
 def _fail(code: int, message: str) -> NoReturn:
@@ -318,6 +309,9 @@ def lint(
     if errors:
         engines = ", ".join(dict.fromkeys(finding.engine for finding in errors))
         raise InputError(f"{folder}: {len(errors)} error{'s' if len(errors) > 1 else ''}, for {engines}")
+
+
+cli_running.add(app, _guarded)
 
 
 @app.command()

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import AutoModelForCausalLM
 
 from quantkit import formats, hub, packed, skeleton
@@ -16,11 +15,7 @@ from quantkit.checkpoint import Checkpoint
 from quantkit.convert import dense_copy
 from quantkit.errors import InputError, MissingError
 from quantkit.progress import Progress
-from quantkit.runtime import plugin
-
-# Methods that transformers reads not at all, or with packages that need a GPU; and those that it reads on a GPU alone.
-NOT_LOADED = ("gptq", "awq", "modelopt")
-NOT_ON_CPU = (*NOT_LOADED, "fp8")
+from quantkit.runtime import planning, plugin
 
 
 def load(path: str | Path, **kwargs: Any) -> Any:
@@ -30,53 +25,56 @@ def load(path: str | Path, **kwargs: Any) -> Any:
     Raises InputError when the folder is no model or cannot be loaded.
     """
     plugin.install()
-    method = _quant_method(Path(path))
-    if method == "modelopt":  # transformers skips a method that it does not know, and leaves the weights random
-        raise InputError(
-            f"{path}: transformers does not read modelopt; quantkit convert {path} --to dense, and load that"
-        )
     try:
         return AutoModelForCausalLM.from_pretrained(path, **kwargs)
     except (OSError, ValueError, KeyError, ImportError) as e:
         why = (str(e).splitlines() or [type(e).__name__])[0][:300]
-        advice = f"; or quantkit convert {path} --to dense, and load that" if method in NOT_LOADED else ""
+        advice = f"; or quantkit convert {path} --to dense, and load that" if _quantization(Path(path)) else ""
         raise InputError(f"{path}: cannot be loaded: {why}{advice}") from e
 
 
-def _quant_method(folder: Path) -> str | None:
-    """The quant_method of a folder on this machine; None when it has none, or is a Hub id."""
+def _quantization(folder: Path) -> dict[str, Any] | None:
+    """The quantization config of a folder on this machine; None when it has none, or is a Hub id."""
     if not (folder / "config.json").is_file():
         return None
-    found = packed.find_config(folder, hub.read_json(folder / "config.json"))
-    return None if found is None else str(found.get("quant_method"))
+    return packed.find_config(folder, hub.read_json(folder / "config.json"))
 
 
-def _has_packed_experts(folder: Path, method: str, trust: bool) -> bool:
-    """Whether a folder packs experts each by itself, which transformers merges while loading."""
-    if method not in (formats.get(name).QUANT_METHOD for name in formats.names()):
-        return False  # another tool's own; transformers reads it or says why not
-    layers = packed.groups(formats.by_method(method), Checkpoint.open(folder).specs)
-    return skeleton.merges(folder, layers, trust_remote_code=trust)
+def not_held(folder: Path, *, trust: bool = False) -> str | None:
+    """Why a folder on this machine cannot stay packed in transformers; None when it can, or is not quantized.
+
+    Nothing but headers is read. What another tool's own format needs is not known here: None.
+    """
+    config = _quantization(folder)
+    if config is None or config.get("quant_method") not in [formats.get(n).QUANT_METHOD for n in formats.names()]:
+        return None
+    form = formats.by_method(str(config["quant_method"]))
+    read = form.read_config(config)
+    if read.unsupported is not None:
+        # transformers' own loader, or its error, is as good as what could be said here
+        return None if form.QUANT_METHOD == "compressed-tensors" else str(read.unsupported)
+    model = skeleton.unquantized(folder, trust_remote_code=trust)
+    files = sorted({str(file) for file in Checkpoint.open(folder).where.values()})
+    try:
+        planning.plan(model, form, read, files)
+        planning.caches(model, form, read, files)
+    except planning.NotHeld as reason:
+        return str(reason)
+    return None
 
 
 @contextmanager
-def loadable(
-    folder: Path, device: torch.device, progress: Progress, *, trust: bool = False
-) -> Iterator[tuple[Path, tuple[str, ...]]]:
-    """The folder itself where transformers reads its format, else a dense copy of it for as long as this lasts.
+def loadable(folder: Path, progress: Progress, *, trust: bool = False) -> Iterator[tuple[Path, tuple[str, ...]]]:
+    """The folder itself where it stays packed, else a dense copy of it for as long as this lasts.
 
     The copy has the codes that are on disk, decoded and rounded to the model's dtype; it lies beside the folder. With
     it comes what of the quantization it lacks.
     """
-    method = _quant_method(folder)
-    if method in (NOT_ON_CPU if device.type == "cpu" else NOT_LOADED):
-        why = f"transformers does not read {method} here"
-    elif method is not None and _has_packed_experts(folder, method, trust):
-        why = "transformers decodes packed experts only of some formats"
-    else:
+    why = not_held(folder, trust=trust)
+    if why is None:
         yield folder, ()
         return
-    said = f"{why}: what is measured is a dense copy, decoded from the codes on disk"
+    said = f"not kept packed ({why}): what is measured is a dense copy, decoded from the codes on disk"
     progress.say(said)
     try:
         place = tempfile.TemporaryDirectory(prefix=f".{folder.name}.dense-", dir=folder.resolve().parent)

@@ -173,8 +173,8 @@ def namer(model: Any) -> Callable[[str], tuple[str, bool]]:
     return in_memory
 
 
-def merges(folder: Path, layers: Iterable[str], *, trust_remote_code: bool = False) -> bool:
-    """Whether transformers merges any of these linears, by their names on disk, with others while loading.
+def unquantized(folder: Path, *, trust_remote_code: bool = False) -> Any:
+    """The empty model of a quantized folder, as if its weights were dense.
 
     Raises InputError for an architecture that transformers does not know.
     """
@@ -182,8 +182,7 @@ def merges(folder: Path, layers: Iterable[str], *, trust_remote_code: bool = Fal
     for part in {id(c): c for c in (config, config.get_text_config())}.values():
         if getattr(part, "quantization_config", None) is not None:
             del part.quantization_config
-    in_memory = namer(empty(config, folder, trust_remote_code=trust_remote_code))
-    return any(in_memory(f"{name}.weight")[1] for name in layers)
+    return empty(config, folder, trust_remote_code=trust_remote_code)
 
 
 def _map(model: Any, checkpoint: Checkpoint) -> Skeleton:

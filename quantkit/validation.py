@@ -112,7 +112,7 @@ def validate(
     loaded = None if settings.tasks is None else load_tasks(resolve(settings.tasks.names, settings.tasks.folder))
     dtype = torch.float32 if device.type == "cpu" else "auto"
     original = load(source.folder, dtype=dtype, trust_remote_code=trust_remote_code).to(device)
-    with loadable(folder, device, progress, trust=trust_remote_code) as (place, notes):
+    with loadable(folder, progress, trust=trust_remote_code) as (place, notes):
         quantized = load(place, dtype=dtype, trust_remote_code=trust_remote_code).to(device)
     pair = _Pair(original, quantized, tokenizer, notes, progress)
     tokens = _measured(pair, windows)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from importlib.metadata import version
 
+import pytest
+
 # The tests run in as many processes as there are cores: one thread each is fastest, and sums come out in one order.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -31,3 +33,20 @@ def pytest_report_header() -> list[str]:
         return []
     found = version("compressed-tensors")
     return [f"compressed-tensors {found} is older than 0.20: left out are {', '.join(collect_ignore)}"]
+
+
+@pytest.fixture
+def stock_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers' own loaders, as they are without quantkit."""
+    import transformers.quantizers.auto as auto
+
+    from quantkit.runtime.quantizer import STOCK
+
+    for method, own in STOCK.items():
+        for table, entry in zip(
+            (auto.AUTO_QUANTIZER_MAPPING, auto.AUTO_QUANTIZATION_CONFIG_MAPPING), own or (None,) * 2
+        ):
+            if entry is None:
+                monkeypatch.delitem(table, method)
+            else:
+                monkeypatch.setitem(table, method, entry)

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import quantkit
-from quantkit import api, formats, inspection, numerics, output, packed
+from quantkit import api, formats, inspection, loading, numerics, output, packed
 from quantkit import convert as converting
 from quantkit.checkpoint import Checkpoint
 from quantkit.cli import app
@@ -613,32 +613,41 @@ def test_a_recipe_exports_what_an_independent_reader_decodes(form: str, scheme: 
 
 
 @pytest.mark.parametrize("form", EXPORTS)
-def test_what_transformers_cannot_load_is_measured_by_its_codes(form: str, tmp_path: Path) -> None:
+def test_what_stock_transformers_cannot_load_is_measured_packed(form: str, tmp_path: Path) -> None:
     out = exported(tmp_path, form, EXPORTS[form], validate=CHECK)
     summary = json.loads((out / output.SUMMARY).read_text())
-    assert summary["status"] == "validated"
-    method = formats.get(form).QUANT_METHOD
-    assert f"transformers does not read {method} here" in summary["validation"]["notes"][0]
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "out"], "the dense copy stayed"
+    assert summary["status"] == "validated" and summary["validation"]["notes"] == []
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "out"]
     original = quantkit.load(tmp_path / "model", dtype=torch.float32)
     decoded = quantkit.load(tmp_path / "model", dtype=torch.float32)
     with torch.no_grad():
         for name, w in by_independent_reader(out, form).items():
-            decoded.get_parameter(f"{name}.weight").copy_(w.bfloat16())
+            decoded.get_parameter(f"{name}.weight").copy_(w)
     texts = api.calibration.load_texts("builtin:pydocs-heldout")
     tokenizer = api.planning.tokenizer(api.hub.resolve(str(out)))
     windows = heldout_windows(texts, tokenizer, length=32, count=2)
-    kl = compare(original, decoded, windows).kl
-    assert kl > 1e-4 and summary["validation"]["comparison"]["kl"] == pytest.approx(kl, rel=1e-9)
-    if form != FP8_BLOCK:
-        with pytest.raises(InputError, match="--to dense"):
-            quantkit.load(out)
+    kl, measured = compare(original, decoded, windows).kl, summary["validation"]["comparison"]["kl"]
+    assert kl > 1e-4 and measured == pytest.approx(compare(original, quantkit.load(out), windows).kl, rel=0.5)
+    if form != FP8_BLOCK:  # which rounds inputs as well
+        assert measured == pytest.approx(kl, rel=1e-3)
+    else:
+        assert measured > kl
 
 
-def test_inputs_that_a_dense_copy_does_not_quantize_are_said(tmp_path: Path) -> None:
+def test_what_is_not_held_packed_is_measured_by_its_codes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = exported(tmp_path, MODELOPT, "FP8", validate=CHECK)
-    notes = json.loads((out / output.SUMMARY).read_text())["validation"]["notes"]
-    assert notes[1:] == ["inputs, which are fp8_e4m3 in the source, are not quantized in a dense copy"]
+
+    def refuses(*args: Any, **kwargs: Any) -> Any:
+        raise loading.planning.NotHeld("a reason")
+
+    monkeypatch.setattr(loading.planning, "plan", refuses)
+    found = api.validate(out)
+    assert found.status == "validated"
+    assert "not kept packed (a reason): what is measured is a dense copy" in found.notes[0]
+    assert found.notes[1:] == ("inputs, which are fp8_e4m3 in the source, are not quantized in a dense copy",)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "out"], "the dense copy stayed"
+    with pytest.raises(InputError, match=r"a reason.*--to dense"):
+        quantkit.load(out)
 
 
 def test_a_converted_output_is_validated_against_the_same_original(tmp_path: Path) -> None:
@@ -654,7 +663,9 @@ def test_a_converted_output_is_validated_against_the_same_original(tmp_path: Pat
     chain = json.loads((tmp_path / "dense" / output.SUMMARY).read_text())["converted_from"]
     assert (chain["format"], chain["converted_from"]["format"]) == (GPTQ, CT)
     kl = {x: api.validate(tmp_path / x).comparison.kl for x in ("gptq", "dense")}
-    assert kl["gptq"] == kl["dense"] == pytest.approx(before["validation"]["comparison"]["kl"], rel=0.05)
+    # the dense copy's weights are rounded to bfloat16
+    assert kl["gptq"] == pytest.approx(kl["dense"], rel=0.05)
+    assert kl["gptq"] == pytest.approx(before["validation"]["comparison"]["kl"], rel=0.05)
     assert json.loads((tmp_path / "gptq" / output.SUMMARY).read_text())["status"] == "validated"
 
 

@@ -14,7 +14,7 @@ from compressed_tensors.quantization import QuantizationScheme
 from library_layers import library_decompress
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, CompressedTensorsConfig
 
 import quantkit
 from quantkit import blocks, convert, experts, inspection, lint, loading, numerics, skeleton
@@ -374,32 +374,46 @@ def test_rules_and_routers(tmp_path: Path) -> None:
         quantkit.quantize(recipe(folder, rules=[{"match": gate, "scheme": INT4}]), out=tmp_path / "c", device="cpu")
 
 
-def test_validation_of_a_mixture_measures_a_dense_copy_and_says_so(tmp_path: Path) -> None:
+def test_validation_of_a_mixture_measures_it_packed(tmp_path: Path) -> None:
     folder = tiny.save(tmp_path / "model", "qwen3-moe")
     check = {"perplexity": {"data": "builtin:pydocs-heldout", "windows": 1, "length": 32}, "gates": {"kl": 1.0}}
     done = quantkit.quantize(recipe(folder, validate=check), out=tmp_path / "out", device="cpu")
     assert done.validation is not None and 0 < done.validation.comparison.kl < 0.2
     again = quantkit.validate(done.out, device="cpu")
-    assert again.notes == done.validation.notes and "a dense copy" in again.notes[0] and "experts" in again.notes[0]
+    assert again.notes == done.validation.notes == ()
     assert again.comparison.kl == done.validation.comparison.kl
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
 
 
-def test_packed_experts_load_right_or_not_at_all(tmp_path: Path) -> None:
+def test_packed_experts_load_right(tmp_path: Path) -> None:
     folder = tiny.save(tmp_path / "model", "qwen3-moe")
-    out = quantkit.quantize(recipe(folder), out=tmp_path / "int4", device="cpu").out
-    dense = convert.convert(out, "dense", tmp_path / "dense").out
-    for dtype in (torch.bfloat16, torch.float32):
-        loaded, copied = quantkit.load(out, dtype=dtype), quantkit.load(dense, dtype=dtype)
-        for name, p in copied.named_parameters():
-            if "experts" in name:
-                assert torch.equal(loaded.get_parameter(name), p) and loaded.get_parameter(name).dtype == dtype
-        assert (logits(loaded) - logits(copied)).norm() < 0.02 * logits(copied).norm()
-    for scheme in ("NVFP4A16", "W8A8", {**INT4, "weights": {**INT4["weights"], "symmetric": False}}):
+    asymmetric = {**INT4, "weights": {**INT4["weights"], "symmetric": False, "group_size": 32}}
+    for scheme in (INT4, "NVFP4A16", "W8A8", asymmetric):
         changes: dict[str, Any] = {"scheme": scheme, "export": {"engines": []}}
-        out = quantkit.quantize(recipe(folder, **changes), out=tmp_path / "other", device="cpu", overwrite=True).out
-        with pytest.raises(InputError, match=r"mlp\.experts\.\d.*experts of .*quantkit convert"):
-            quantkit.load(out)
+        out = quantkit.quantize(recipe(folder, **changes), out=tmp_path / "out", device="cpu", overwrite=True).out
+        dense = convert.convert(out, "dense", tmp_path / "dense", overwrite=True).out
+        loaded, copied = quantkit.load(out), quantkit.load(dense)
+        for owner, module in copied.named_modules():
+            if owner.endswith("experts"):
+                packed = loaded.get_submodule(owner)
+                assert torch.equal(packed.decoded("up"), module.gate_up_proj)
+                assert torch.equal(packed.decoded("down"), module.down_proj)
+        assert (logits(loaded) - logits(copied)).norm() < 0.05 * logits(copied).norm()
+
+
+def test_packed_experts_that_transformers_decodes_wrong(tmp_path: Path) -> None:
+    """NVFP4: stock transformers loads other weights without a word. Over several devices its loader is asked."""
+    folder = tiny.save(tmp_path / "model", "qwen3-moe")
+    changes: dict[str, Any] = {"scheme": "NVFP4A16", "export": {"engines": []}}
+    out = quantkit.quantize(recipe(folder, **changes), out=tmp_path / "out", device="cpu").out
+    dense = quantkit.load(convert.convert(out, "dense", tmp_path / "dense").out)
+    asked = CompressedTensorsConfig(dequantize=True)
+    with pytest.warns(UserWarning):
+        decoded = quantkit.load(out, quantization_config=asked)
+    for name, p in dense.named_parameters():
+        assert torch.equal(decoded.get_parameter(name), p), name
+    with pytest.warns(UserWarning), pytest.raises(InputError, match=r"mlp\.experts\.\d.*experts of .*load them packed"):
+        quantkit.load(out, quantization_config=asked, device_map="auto")
 
 
 def test_convert_and_inspect_of_a_mixture(tmp_path: Path) -> None:
@@ -415,8 +429,8 @@ def test_convert_and_inspect_of_a_mixture(tmp_path: Path) -> None:
     back = convert.convert(there, "compressed-tensors", tmp_path / "back").out
     first, last = load_file(out / "model.safetensors"), load_file(back / "model.safetensors")
     assert first.keys() == last.keys() and all(torch.equal(first[k], last[k]) for k in first)
-    with loading.loadable(there, torch.device("cpu"), quantkit.progress.Silent()) as (place, notes):
-        assert place != there and "gptq" in notes[0]
+    with loading.loadable(there, quantkit.progress.Silent()) as (place, notes):
+        assert (place, notes) == (there, ())
 
 
 @pytest.mark.skipif(not TRAINED.is_dir(), reason="the trained mixture is not part of the project")

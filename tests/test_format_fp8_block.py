@@ -123,6 +123,7 @@ def checkpoint(folder: Path) -> dict[str, torch.Tensor]:
     return expected
 
 
+@pytest.mark.usefixtures("stock_transformers")
 def test_transformers_loads_what_is_written(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 

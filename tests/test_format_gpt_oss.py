@@ -68,6 +68,7 @@ def field_writer(w: torch.Tensor) -> dict[str, torch.Tensor]:
     return {"_blocks": blocks, "_scales": (exponent + 127).to(torch.uint8)}
 
 
+@pytest.mark.usefixtures("stock_transformers")
 def test_transformers_loads_the_same_experts(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, GptOssConfig, GptOssForCausalLM
 

@@ -63,7 +63,7 @@ LAYERS = (
     ),
     ("quantkit_eval",),
     ("quantkit.validation", "quantkit.comparison", "quantkit.api", "quantkit.report", "quantkit.doctor"),
-    ("quantkit.cli", "quantkit.__main__", "quantkit"),
+    ("quantkit.cli", "quantkit.cli_running", "quantkit.__main__", "quantkit"),
 )
 # What the kernels may import besides the standard library: they are of use without the rest.
 KERNEL_IMPORTS = {"quantkit_kernels", "torch", "triton"}

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-import subprocess
-import sys
-from pathlib import Path
+import pickle
+import shutil
 
 import pytest
 import torch
@@ -24,14 +23,16 @@ from library_checkpoints import (
 )
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, CompressedTensorsConfig
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, CompressedTensorsConfig
 
-import quantkit
 from quantkit.errors import InputError, MissingError
 from quantkit.formats import compressed_tensors as ct
-from quantkit.runtime import plugin, quantizer
+from quantkit.presets import PRESETS
+from quantkit.runtime import planning, quantizer
+from quantkit.runtime.experts import PackedExperts
 from quantkit.runtime.linear import PackedLinear
 from quantkit.types import Scheme, TensorScheme
+from quantkit_kernels import layout
 
 IDS = torch.arange(3, 19)[None]
 CHECKPOINTS = {
@@ -77,13 +78,13 @@ def test_stays_packed_and_computes_the_dense_reference(name, checkpoints, caplog
     assert packed_layers(model).keys() == layers(tensors).keys()
     assert len(packed_layers(model)) == 14
     footprint = model.get_memory_footprint()
-    saved = sum(reference.get_submodule(n).weight.nbytes for n in layers(tensors))
-    saved -= sum(t.nbytes for layer in layers(tensors).values() for t in layer.values())
-    assert footprint == reference.get_memory_footprint() - saved
-    assert saved > 0
+    for layer in packed_layers(model).values():  # codes are padded to whole lines, of 256 columns at 3 bits
+        line = layout.get(layer.held.kind).line
+        columns, rows = -(-layer.in_features // line) * line, -(-layer.out_features // 8) * 8
+        assert layer.codes.nbytes == columns * rows * layout.get(layer.held.kind).bits // 8
     assert torch.equal(logits(model), logits(reference))
     assert model.get_memory_footprint() == footprint  # the forward has unpacked nothing for good
-    assert not [r for r in caplog.records if r.name == "quantkit"]
+    assert not [r for r in caplog.records if r.name == "quantkit" and r.levelno > logging.INFO]
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
@@ -103,7 +104,7 @@ def test_dtypes(dtype, checkpoints):
     folder, dense = checkpoints("w8g64-asym")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     layer = packed_layers(model)["model.layers.0.mlp.down_proj"]
-    assert layer.weight_scale.dtype == dtype and layer.weight_packed.dtype == torch.int32
+    assert layer.weight.dtype == dtype and layer.codes.dtype == layer.scale.dtype == torch.int32
     # in float32 the reference's weights are those that were rounded to bfloat16, ours were not
     tolerance = 0.0 if dtype == torch.bfloat16 else 0.05
     reference = AutoModelForCausalLM.from_pretrained(dense, dtype=dtype)
@@ -118,14 +119,6 @@ def test_generates_what_the_reference_generates(checkpoints):
     ]
     assert out[0].shape == (1, IDS.shape[1] + 12)
     assert torch.equal(*out)
-
-
-@pytest.mark.parametrize("grad", [True, False])
-def test_compiles_whole(grad, checkpoints):
-    model = AutoModelForCausalLM.from_pretrained(checkpoints("w4g32-asym-bias-tied")[0])
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    with torch.set_grad_enabled(grad):
-        assert torch.equal(compiled(IDS, use_cache=False).logits, logits(model))
 
 
 def test_gradients_reach_the_inputs_and_nothing_packed_is_trained(checkpoints):
@@ -151,11 +144,11 @@ def test_the_layer(checkpoints):
     dense = AutoModelForCausalLM.from_pretrained(checkpoints("w3-channel-asym-odd")[1])
     layer = model.get_submodule("model.layers.0.mlp.down_proj")
     shape = "in_features=70, out_features=50, bias=False"
-    assert repr(layer) == f"PackedLinear({shape}, bits=3, group=channel, zero_point=True)"
+    assert repr(layer) == f"PackedLinear({shape}, int3, group=channel, zero_point=True, inputs=None, path=packed)"
     weight = layer.weight
     assert weight.dtype == torch.bfloat16
     assert torch.equal(weight, dense.get_submodule("model.layers.0.mlp.down_proj").weight)
-    assert list(layer.state_dict()) == ["weight_packed", "weight_scale", "weight_zero_point", "weight_shape"]
+    assert list(layer.state_dict()) == ["codes", "scale"]
     model.dequantize()
     assert not packed_layers(model)
     assert torch.equal(logits(model), logits(dense))
@@ -176,7 +169,7 @@ def test_offload_to_disk(checkpoints, tmp_path):
     device_map = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.norm": "cpu"}
     device_map |= {"model.rotary_emb": "cpu", "lm_head": "cpu"}
     model = AutoModelForCausalLM.from_pretrained(folder, device_map=device_map, offload_folder=tmp_path)
-    assert packed_layers(model)["model.layers.1.mlp.up_proj"].weight_packed.device.type == "meta"
+    assert packed_layers(model)["model.layers.1.mlp.up_proj"].codes.device.type == "meta"
     assert torch.equal(logits(model), logits(AutoModelForCausalLM.from_pretrained(dense)))
 
 
@@ -188,7 +181,7 @@ def test_several_schemes_and_exact_names(tmp_path):
             schemes[f"model.layers.{i}.{name}"] = TensorScheme(number, "group", 64, symmetric=bool(i))
     folder = pack_folder(tmp_path / "packed", schemes, ignore=["lm_head"])
     model = AutoModelForCausalLM.from_pretrained(folder)
-    assert {n: layer.scheme.weights for n, layer in packed_layers(model).items()} == schemes
+    assert {n: layer.held.disk.scheme.weights for n, layer in packed_layers(model).items()} == schemes
     assert torch.equal(logits(model), logits(AutoModelForCausalLM.from_pretrained(decoded(folder, tmp_path / "d"))))
     assert len(packed_layers(AutoModel.from_pretrained(folder))) == 6  # there the names lose their "model."
 
@@ -209,7 +202,7 @@ def test_names_that_transformers_renames(tmp_path):
     }
     folder = pack_folder(tmp_path / "packed", schemes)
     model = transformers.LlavaForConditionalGeneration.from_pretrained(folder)
-    found = {name: layer.bits for name, layer in packed_layers(model).items()}
+    found = {name: layout.get(layer.held.kind).bits for name, layer in packed_layers(model).items()}
     assert not found.keys() & schemes.keys()
     assert sorted(found.values()) == [4, 8]
     dense = transformers.LlavaForConditionalGeneration.from_pretrained(decoded(folder, tmp_path / "dense"))
@@ -225,44 +218,68 @@ def said(caplog):
     return lines[0]
 
 
-def test_dequantize_is_transformers_own(checkpoints, caplog, tmp_path):
+def test_dequantize_decodes_while_loading(checkpoints, caplog, tmp_path):
     folder, dense = checkpoints("w4g32-asym-bias-tied")
     loading = CompressedTensorsConfig(dequantize=True)
     with pytest.warns(UserWarning, match="already has a `quantization_config`"):  # transformers' own
         model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=loading)
-    assert "dequantize=True" in said(caplog)
-    assert not packed_layers(model)
+    assert not packed_layers(model) and not caplog.records
     assert torch.equal(logits(model), logits(AutoModelForCausalLM.from_pretrained(dense)))
     model.save_pretrained(tmp_path)
     assert "quantization_config" not in config_of(tmp_path)
+    before, after = load_file(dense / "model.safetensors"), load_file(tmp_path / "model.safetensors")
+    assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
 
 
-FP8 = w(8, "channel", type="float")
-FP8_INPUT = w(8, "token", type="float", dynamic=True)
+def test_dequantize_of_several_schemes(tmp_path):
+    """Stock transformers cannot: it wants one format for all."""
+    random_model(llama()).save_pretrained(tmp_path / "m")
+    schemes = {f"model.layers.{i}.mlp.up_proj": TensorScheme(f"int{4 * (i + 1)}", "group", 64) for i in range(2)}
+    folder = pack_folder(tmp_path / "m", schemes, ignore=["lm_head"])
+    reference = AutoModelForCausalLM.from_pretrained(decoded(folder, tmp_path / "d"))
+    with pytest.warns(UserWarning):
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, quantization_config=CompressedTensorsConfig(dequantize=True)
+        )
+    assert torch.equal(logits(model), logits(reference))
 
 
-def test_fp8_falls_back(caplog, tmp_path):
-    folder = compress_by_library(tmp_path / "fp8", random_model(llama()), FP8, input_activations=FP8_INPUT)
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    assert "group_0 quantizes input activations" in said(caplog)
-    assert model.get_submodule("model.layers.0.mlp.up_proj").weight.dtype == torch.float8_e4m3fn
-    model.save_pretrained(tmp_path / "again")  # as it would be without quantkit: the library's object is what is saved
-    assert (
-        config_of(tmp_path / "again")["quantization_config"]["config_groups"]["group_0"]["weights"]["type"] == "float"
-    )
-    assert torch.isfinite(logits(model)).all()
+def test_dequantize_over_several_devices_is_transformers_own(checkpoints, caplog):
+    folder, dense = checkpoints("w4g128")
+    with pytest.warns(UserWarning):
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, quantization_config=CompressedTensorsConfig(dequantize=True), device_map="auto"
+        )
+    assert "dequantize=True, on more than one device" in said(caplog)
+    assert torch.equal(logits(model), logits(AutoModelForCausalLM.from_pretrained(dense)))
+
+
+def test_a_config_is_pickled(checkpoints):
+    config = AutoModelForCausalLM.from_pretrained(checkpoints("w4g128")[0]).config
+    assert pickle.loads(pickle.dumps(config)).quantization_config == config.quantization_config
 
 
 def test_missing_package_is_said(checkpoints, caplog, tmp_path, monkeypatch):
-    folder = compress_by_library(tmp_path / "fp8", random_model(llama()), FP8)
+    folder = checkpoints("w4g128")[0]
     monkeypatch.setattr(quantizer, "is_compressed_tensors_available", lambda: False)
-    with pytest.raises(MissingError, match=r"float8 per channel.*pip install compressed-tensors"):
-        AutoModelForCausalLM.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(checkpoints("w4g128")[0])
-    assert packed_layers(model)
-    with pytest.raises(MissingError, match="pip install compressed-tensors"):
-        _ = model.config.quantization_config.quantization_config
-    assert not caplog.records
+    shutil.copytree(folder, tmp_path / "m")
+    config = config_of(folder)
+    config["quantization_config"]["transform_config"] = {"config_groups": {"R4": {}}}
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(MissingError, match=r"transform_config is set.*pip install compressed-tensors"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+    assert packed_layers(AutoModelForCausalLM.from_pretrained(folder))
+    assert not [r for r in caplog.records if r.levelno > logging.INFO]
+
+
+def test_fp8_block_with_a_width_that_128_does_not_divide(tmp_path):
+    """Stock transformers' forward raises."""
+    random_model(llama(128, 320)).save_pretrained(tmp_path / "m")
+    schemes = {f"model.layers.{i}.mlp.{n}_proj": PRESETS["FP8_BLOCK"] for i in range(2) for n in ("gate", "up", "down")}
+    model = AutoModelForCausalLM.from_pretrained(pack_folder(tmp_path / "m", schemes, ignore=["lm_head"]))
+    assert len(packed_layers(model)) == 6 and torch.isfinite(logits(model)).all()
+    original = logits(random_model(llama(128, 320)))
+    assert (logits(model) - original).norm() < 0.1 * original.norm()
 
 
 def mixtral(folder):
@@ -277,16 +294,15 @@ def mixtral(folder):
 
 @pytest.mark.parametrize("experts", [True, False])
 def test_experts(experts, caplog, tmp_path):
-    """Packed experts are merged into one tensor while loading: not held. Dense ones beside packed attention are."""
+    """Packed experts stay packed; dense ones beside packed attention stay dense."""
     names = [n for n in mixtral(tmp_path / "packed") if experts or "experts" not in n]
     folder = pack_folder(
         tmp_path / "packed", dict.fromkeys(names, TensorScheme("int4", "group", 32)), ignore=["lm_head"]
     )
     model = AutoModelForCausalLM.from_pretrained(folder)
-    if experts:
-        assert "fused experts" in said(caplog)
-    else:
-        assert packed_layers(model).keys() == set(names) and not caplog.records
+    assert packed_layers(model).keys() == {n for n in names if "experts" not in n}
+    assert any(isinstance(m, PackedExperts) for m in model.modules()) == experts
+    assert not [r for r in caplog.records if r.levelno > logging.INFO]
     reference = AutoModelForCausalLM.from_pretrained(decoded(folder, tmp_path / "dense"))
     torch.testing.assert_close(logits(model), logits(reference), atol=0.02, rtol=0.02)
 
@@ -316,80 +332,33 @@ def test_plan_refuses_what_a_packed_linear_cannot_replace(packed, model, says, t
     pack_folder(tmp_path, {packed: TensorScheme("int4", "channel")})
     config = config_of(tmp_path)["quantization_config"]
     config["config_groups"]["group_0"]["targets"] = [packed]
-    _, reason = quantizer.plan(random_model(model), ct.read_config(config), [str(tmp_path / "model.safetensors")])
-    assert reason is not None and says in reason
+    with pytest.raises(planning.NotHeld, match=says):
+        planning.plan(random_model(model), ct, ct.read_config(config), [str(tmp_path / "model.safetensors")])
 
 
 def test_plan_without_files_goes_by_the_config():
     config = ct.read_config(
         ct.config({"a": Scheme(TensorScheme("int4", "channel")), "model.layers.0.mlp.up_proj": None})
     )
-    swaps, reason = quantizer.plan(random_model(qwen2()), config, None)
-    assert reason is None and len(swaps) == 13  # neither the ignored layer nor the head, which is tied
-    assert quantizer.plan(random_model(qwen2()), config, ["model.bin"]) == ({}, "the checkpoint is not in safetensors")
+    found = planning.plan(random_model(qwen2()), ct, config, None)
+    assert len(found.linears) == 13  # neither the ignored layer nor the head, which is tied
+    with pytest.raises(planning.NotHeld, match="the checkpoint is not in safetensors"):
+        planning.plan(random_model(qwen2()), ct, config, ["model.bin"])
 
 
-def test_another_shape_in_config_is_refused(checkpoints):
-    folder, _ = checkpoints("w3-channel-asym-odd")  # 50 codes of 3 bits and 51 fill the same five words
-    layer = PackedLinear(51, 50, Scheme(TensorScheme("int3", "channel", symmetric=False)), bias=False)
-    tensors = layers(load_file(folder / "model.safetensors"))["model.layers.0.self_attn.q_proj"]
-    layer.load_state_dict(tensors)
-    with pytest.raises(InputError, match=r"q\.weight_shape says \(50, 50\), the model's config says \(50, 51\)"):
-        layer.check_loaded("q")
+def test_a_state_dict_is_loaded_without_files(checkpoints):
+    folder, dense = checkpoints("w4g32-asym-bias-tied")
+    config = AutoConfig.from_pretrained(folder)
+    tensors = load_file(folder / "model.safetensors")
+    model = transformers.Qwen2ForCausalLM.from_pretrained(None, config=config, state_dict=tensors)
+    assert len(packed_layers(model)) == 14
+    assert torch.equal(logits(model), logits(AutoModelForCausalLM.from_pretrained(dense)))
 
 
-# registration --------------------------------------------------------------------------------------------------------
-
-
-def test_install_is_idempotent():
-    auto = sys.modules["transformers.quantizers.auto"]
-    before = list(sys.meta_path)
-    plugin.install()
-    assert sys.meta_path == before
-    assert not any(isinstance(f, plugin.RegisterOnImport) for f in sys.meta_path)
-    assert auto.AUTO_QUANTIZER_MAPPING["compressed-tensors"] is quantizer.PackedQuantizer
-    assert auto.AUTO_QUANTIZATION_CONFIG_MAPPING["compressed-tensors"] is quantizer.CompressedTensorsConfig
-    assert quantizer.CompressedTensorsConfig.__name__ == CompressedTensorsConfig.__name__
-
-
-def test_a_transformers_that_cannot_be_extended_stays_usable(caplog):
-    plugin.register(sys)  # a module without the tables
-    assert "5.17 or newer" in said(caplog)
-
-
-ORDERS = {
-    "quantkit first": """
-import sys, quantkit
-heavy = {"torch", "transformers", "triton", "numpy", "pydantic"} & set(sys.modules)
-assert not heavy, heavy
-quantkit.runtime.plugin.install()
-assert sum("quantkit" in type(f).__module__ for f in sys.meta_path) == 1
-import importlib.util
-importlib.util.find_spec("transformers.quantizers.auto")  # looking is not importing
-class Blocked:
-    def find_spec(self, name, path=None, target=None):
-        assert name.split(".")[0] != "compressed_tensors", "the library was imported"
-sys.meta_path.insert(0, Blocked())
-from transformers import AutoModelForCausalLM
-""",
-    "transformers first": """
-import sys
-from transformers import AutoModelForCausalLM
-import quantkit
-""",
-}
-
-
-@pytest.mark.parametrize("order", ORDERS)
-def test_import_order(order, checkpoints):
-    code = ORDERS[order] + (
-        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
-        "print(type(model.model.layers[0].mlp.up_proj).__name__)\n"
-        "assert not any('quantkit' in type(f).__module__ for f in sys.meta_path)\n"
-    )
-    paths = {str(Path(m.__file__ or "").parents[1]) for m in (quantkit, sys.modules["quantkit_kernels"])}
-    code = f"import sys; sys.path[:0] = {sorted(paths)}\n" + code
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(checkpoints("w4g128")[0])], capture_output=True, text=True, check=False
-    )
-    assert done.stdout.split() == ["PackedLinear"], done.stderr
+@pytest.mark.parametrize("changed", [{"intermediate_size": 71}, {"intermediate_size": 128}])
+def test_another_shape_in_config_is_refused(changed, checkpoints, tmp_path):
+    shutil.copytree(checkpoints("w3-channel-asym-odd")[0], tmp_path / "m")  # 70 codes of 3 bits fill what 71 do
+    (tmp_path / "m" / "config.json").write_text(json.dumps({**config_of(tmp_path / "m"), **changed}))
+    n = changed["intermediate_size"]
+    with pytest.raises(InputError, match=rf"weight_shape says \(50, 70\), the model's config says \(50, {n}\)"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "m")

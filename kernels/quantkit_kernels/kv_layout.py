@@ -75,6 +75,8 @@ def layout(k_cache: torch.Tensor, v_cache: torch.Tensor, k_scale: MaybeTensor, v
     if k_cache.stride(3) != 1 or v_cache.stride(3) != 1:
         raise ValueError(f"strides of caches are {k_cache.stride()} and {v_cache.stride()}; the last ones must be 1")
     scales, groups = _scales(number, k_scale, v_scale, (pages, heads, length))
+    if groups == 2 and head_dim < 128:
+        raise ValueError(f"two groups in heads of {head_dim} channels; the kernels hold groups of 64 channels or more")
     return Layout(number, scales, groups, pages, heads, length, head_dim)
 
 

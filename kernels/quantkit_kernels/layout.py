@@ -217,7 +217,7 @@ def pack(
         bits = bits << 16 | fill
     elif mode == 2 and fill is not None:
         zeros = _pack_words(fill, how, 32)
-    words = pack_codes(codes, form.code, form.line, form.pairs, _filling(form, n, fill))
+    words = pack_codes(codes, form.code, form.line, form.pairs, _filling(form, n, fill, codes.device))
     scales = _pack_words(bits, how, 32 // how.fields)
     return Packed(kind, n, k, group, rows, scale_dtype, words, scales, zeros, global_scale)
 
@@ -312,11 +312,11 @@ def _decoded_scales(packed: Packed, wide: torch.dtype) -> tuple[torch.Tensor, to
     return bits.to(integer).view(dtype).to(wide), zero
 
 
-def _filling(form: Kind, n: int, zero_NG: torch.Tensor | None) -> torch.Tensor:
+def _filling(form: Kind, n: int, zero_NG: torch.Tensor | None, device: torch.device) -> torch.Tensor:
     """(N, 1) uint8: a code of the value zero for the columns beyond K."""
     if zero_NG is not None:
         return zero_NG[:, -1:].clamp(max=(1 << form.bits) - 1).to(torch.uint8)
-    return torch.full((n, 1), 1 << (form.bits - 1) if form.integer else 0, dtype=torch.uint8)
+    return torch.full((n, 1), 1 << (form.bits - 1) if form.integer else 0, dtype=torch.uint8, device=device)
 
 
 def _checked_codes(kind: str, codes_NK: torch.Tensor) -> torch.Tensor:

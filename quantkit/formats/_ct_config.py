@@ -325,18 +325,3 @@ def _block(where: str, given: Mapping[str, Any]) -> tuple[int, int]:
     if not isinstance(value, list | tuple) or len(value) != 2 or any(type(x) is not int or x < 1 for x in value):
         raise _Unsupported(f"{where}.block_structure is {value!r}")
     return cast(tuple[int, int], tuple(value))
-
-
-# What the packed runtime holds is a question of its own: see `not_packed`.
-
-
-def not_packed(read: ReadConfig) -> str | None:
-    """Why a checkpoint cannot stay packed under integer weight-only kernels; None when it can."""
-    if read.unsupported is not None:
-        return read.unsupported
-    for group in read.groups:
-        if group.scheme.activations is not None:
-            return f"{group.name} quantizes input activations"
-        if group.format != "pack-quantized":
-            return f"{group.name} is {group.format}: {_their_words(args(group.scheme.weights))}"
-    return None

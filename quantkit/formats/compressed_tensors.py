@@ -25,7 +25,7 @@ from quantkit.formats._ct_calibrated import (
     unpack_input,
     unpack_kv,
 )
-from quantkit.formats._ct_config import QUANT_METHOD, Group, ReadConfig, config, not_packed, read_config
+from quantkit.formats._ct_config import QUANT_METHOD, Group, ReadConfig, config, read_config
 from quantkit.formats._ct_layouts import LAYOUTS, TORCH_DTYPES, layout, words
 from quantkit.types import QParams, QuantizedTensor, Scheme, TensorScheme, TensorSpec
 
@@ -42,7 +42,6 @@ __all__ = [
     "files",
     "kv_tensors",
     "layout",
-    "not_packed",
     "pack",
     "pack_kv",
     "read_config",

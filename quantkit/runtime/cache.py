@@ -1,19 +1,23 @@
 """Attention layers that round keys and values to the FP8 of the checkpoint's KV cache, with the scales it has for them.
 
-transformers has no FP8 cache. What is kept stays in the model's dtype and takes no less room, but its values are those
+In transformers' own caches what is kept stays in the model's dtype and takes no less room, but its values are those
 that an engine with such a cache computes with: the same that compressed-tensors' own hooks do, without that package.
+A `kv_cache.KVCache("fp8")` keeps FP8, with these scales; one of int8 or int4 rounds in its own way, and only once.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
+from quantkit.checkpoint import DTYPES
 from quantkit.numerics import fp8
+from quantkit.types import TensorSpec
 
 NUMBER = "fp8_e4m3"
 LEAVES = ("k_scale", "v_scale")
@@ -28,6 +32,12 @@ class RoundedCache:
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        number = getattr(self.cache, "number", None)  # of a quantkit.KVCache
+        if number == "fp8":
+            kwargs["scales"] = self.attention.k_scale, self.attention.v_scale
+        if number in ("fp8", "int8", "int4"):
+            kept: tuple[torch.Tensor, torch.Tensor] = self.cache.update(key_states, value_states, *args, **kwargs)
+            return kept
         k, v = rounded(key_states, self.attention.k_scale), rounded(value_states, self.attention.v_scale)
         if self.cache is None:
             return k, v
@@ -45,20 +55,22 @@ def rounded(x_BHLD: torch.Tensor, scale: Any) -> torch.Tensor:
 
 
 def plan(
-    in_memory: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]
-) -> tuple[dict[str, dict[str, tuple[int, ...]]], str | None]:
-    """Attention layers, by name in memory, with the shapes of their two scales; or why they cannot be held.
+    in_memory: Mapping[str, str], specs: Mapping[str, TensorSpec]
+) -> tuple[dict[str, dict[str, TensorSpec]], str | None]:
+    """Attention layers, by name in memory, with their two scales as they are on disk; or why they cannot be held.
 
     in_memory  each tensor's name on disk -> its parameter's name in memory
-    shapes     the shape on disk of each tensor
+    specs      each tensor on disk
     """
-    owners = sorted({owner for key in shapes if (owner := key.rpartition(".")[0]) and key.endswith(LEAVES)})
-    found: dict[str, dict[str, tuple[int, ...]]] = {}
+    below = re.compile(r"(?:\.([kv])_proj)?\.(?:[kv]_scale)$")
+    owners = sorted({below.sub("", key) for key in specs if key.endswith(LEAVES) and below.search(key)})
+    found: dict[str, dict[str, TensorSpec]] = {}
     for owner in owners:
-        own = {leaf: shapes[f"{owner}.{leaf}"] for leaf in LEAVES if f"{owner}.{leaf}" in shapes}
+        names = {leaf: (f"{owner}.{leaf}", f"{owner}.{leaf[0]}_proj.{leaf}") for leaf in LEAVES}
+        own = {leaf: specs[name] for leaf, two in names.items() for name in two if name in specs}
         others = ((key[len(owner) :], name) for key, name in in_memory.items() if key.startswith(owner + "."))
         module = next((name.removesuffix(leaf) for leaf, name in others if _below(leaf, name)), None)
-        fits = all(math.prod(shape) == 1 or shape[1:] == (1, 1) for shape in own.values())
+        fits = all(math.prod(spec.shape) == 1 or spec.shape[1:] == (1, 1) for spec in own.values())
         if module is None or len(own) != len(LEAVES) or not fits:
             return {}, f"the KV cache has no scales of keys and values that an attention layer could hold at {owner}"
         found[module] = own
@@ -70,14 +82,14 @@ def _below(leaf: str, name: str) -> bool:
     return name.endswith(leaf) and not leaf.endswith(LEAVES)
 
 
-def attach(model: nn.Module, owners: Mapping[str, Mapping[str, tuple[int, ...]]]) -> list[Any]:
+def attach(model: nn.Module, owners: Mapping[str, Mapping[str, TensorSpec]]) -> list[Any]:
     """Gives attention layers empty parameters for their scales, and a hook that rounds. Returns the hooks' handles."""
     handles = []
     for owner, leaves in owners.items():
         module = model.get_submodule(owner)
-        like = next(p for p in module.parameters() if p.is_floating_point())
-        for leaf, shape in leaves.items():
-            empty = torch.empty(shape, dtype=like.dtype, device=like.device)
+        device = next(module.parameters()).device
+        for leaf, spec in leaves.items():
+            empty = torch.empty(spec.shape, dtype=DTYPES[spec.dtype], device=device)
             module.register_parameter(leaf, nn.Parameter(empty, requires_grad=False))
         handles.append(module.register_forward_pre_hook(_round, with_kwargs=True))
     return handles

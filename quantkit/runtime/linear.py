@@ -1,95 +1,117 @@
-"""A linear layer whose weight stays packed."""
+"""A linear layer whose weight stays packed, whatever the checkpoint's format."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
 
 from quantkit.errors import InputError
-from quantkit.formats import compressed_tensors
-from quantkit.types import Scheme
-from quantkit_kernels.wna16 import wna16_decode, wna16_linear
+from quantkit.runtime.held import Held
+from quantkit.runtime.product import Product
+from quantkit_kernels import wxa16
 
 
-class PackedLinear(nn.Module):
-    """y = x Wᵀ + b, W of pack-quantized compressed-tensors. Takes the place of `torch.nn.Linear`.
+class PackedLinear(Product, nn.Linear):
+    """y = x Wᵀ + b. Takes the place of `torch.nn.Linear`, and is one for who asks (PEFT puts adapters on those).
 
-    Parameters have the names, shapes and dtypes that the tensors have on disk (formats/compressed_tensors.py), so
-    loading and saving convert nothing; the scales have `dtype`. None of them is trained; gradients reach the input.
-
-    Raises InputError for a scheme that is not held, or a group size that does not divide in_features.
+    Parameters are those of `held` (held.py), all of integers, and `bias`, in its dtype on disk. None is trained;
+    gradients reach the input. `dtype` is that of the model, for who asks for `weight`.
     """
 
-    weight_packed: nn.Parameter
-    weight_scale: nn.Parameter
-    weight_zero_point: nn.Parameter | None
-    weight_shape: nn.Parameter
-    bias: nn.Parameter | None
+    bias: nn.Parameter | None  # type: ignore[assignment]
+    joint: Any = None  # of joint.py, where it is multiplied together with others
+    place: int = 0
 
     def __init__(
         self,
-        in_features: int,
-        out_features: int,
-        scheme: Scheme,
+        held: Held,
         *,
-        bias: bool = True,
+        bias: torch.dtype | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
-        super().__init__()
-        self.in_features, self.out_features, self.scheme = in_features, out_features, scheme
-        self.bits = int(scheme.weights.number.removeprefix("int"))
-        self.weight_zero_point = None
-        dtype = dtype or torch.get_default_dtype()
-        for name, spec in compressed_tensors.tensors((out_features, in_features), scheme, "float").items():
-            t = torch.empty(spec.shape, dtype=compressed_tensors.TORCH_DTYPES.get(spec.dtype, dtype), device=device)
-            setattr(self, name, nn.Parameter(t, requires_grad=False))
-        self.bias = None
-        if bias:
-            self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device), requires_grad=False)
+        nn.Module.__init__(self)  # a Linear's own would make a dense weight
+        self.dtype = dtype or torch.get_default_dtype()
+        self.out_features, self.in_features = held.disk.shape
+        self._hold(held, device)
+        self.register_parameter("bias", None)
+        if bias is not None:
+            self.bias = nn.Parameter(torch.empty(self.out_features, dtype=bias, device=device))
+
+    def _hold(self, held: Held, device: torch.device | str | None) -> None:
+        """Empty parameters for what is held."""
+        self.held = held
+        for name, (stored, shape) in held.specs().items():
+            t = torch.empty(shape, dtype=stored, device=device)
+            self.register_parameter(name, nn.Parameter(t, requires_grad=False))
+        if held.path == "packed":
+            self.register_buffer("counters", wxa16.make_counters(held.shape[0], device), persistent=False)
+
+    def split(self, dim: int, rank: int, ranks: int) -> None:
+        """Before loading: holds one rank's part of the rows (0) or columns (1). Raises InputError if it cannot."""
+        self._hold(self.held.split(dim, rank, ranks), self.codes.device)
 
     @classmethod
-    def like(cls, linear: nn.Linear, scheme: Scheme) -> PackedLinear:
-        """An empty layer of the shape, dtype and device of a dense one."""
-        return cls(
-            linear.in_features,
-            linear.out_features,
-            scheme,
-            bias=linear.bias is not None,
-            dtype=linear.weight.dtype,
-            device=linear.weight.device,
-        )
+    def like(cls, linear: nn.Linear, held: Held, *, bias: torch.dtype | None = None) -> PackedLinear:
+        """An empty layer of the dtype and device of a dense one. bias: dtype of one on disk, if there is one."""
+        weight = linear.weight
+        if bias is None and linear.bias is not None:
+            bias = linear.bias.dtype
+        return cls(held, bias=bias, dtype=weight.dtype, device=weight.device)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., K) -> (..., N), in the dtype of x."""
-        return wna16_linear(
-            x,
-            weight_packed=self.weight_packed,
-            weight_scale=self.weight_scale,
-            weight_zero_point=self.weight_zero_point,
-            bias=self.bias,
-            in_features=self.in_features,
-            bits=self.bits,
-        )
+        if self.joint is not None:
+            y: torch.Tensor = self.joint.output(self.place, x)
+            return y
+        return self.product(x)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All that is held, by the names of `held.specs()`."""
+        if self.joint is None:
+            return super().tensors()
+        kept = {name: t for name, t in self._parameters.items() if t is not None and name != "bias"}
+        return {**self.joint.tensors(self.place), **kept}
+
+    # loading and saving, as conversion.py asks ----------------------------------------------------------------------
+
+    def pack(self, codes: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The tensors of the layer on disk -> its parameters. Raises InputError for what does not belong together."""
+        for leaf, spec in self.held.disk.parts.items():
+            if leaf not in tensors:
+                raise InputError(f"{leaf} is missing")
+            if leaf == "weight_shape" and (stored := tuple(tensors[leaf].tolist())) != self.held.disk.shape:
+                raise InputError(
+                    f"weight_shape says {stored}, the model's config says {self.held.disk.shape}; the checkpoint "
+                    "belongs to another config.json"
+                )
+            if tuple(tensors[leaf].shape) != spec.shape:
+                raise InputError(f"{leaf} is {tuple(tensors[leaf].shape)}, not {spec.shape}")
+        return self.held.pack(tensors)
+
+    def unpack(self, codes: str, held: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Its parameters -> the tensors on disk."""
+        return self.held.unpack(held)
+
+    # looking inside --------------------------------------------------------------------------------------------------
 
     @property
-    def weight(self) -> torch.Tensor:
-        """The decoded weight (N, K) in the scales' dtype: computed at each access, never stored or saved.
+    def weight(self) -> torch.Tensor:  # type: ignore[override]
+        """The decoded weight (N, K) in the model's dtype: computed at each access, never stored or saved.
 
-        For code that reads `linear.weight.dtype` or a weight's values. Writing into it changes nothing.
+        What an input is multiplied with before it is rounded is part of it (ModelOpt's pre_quant_scale). For code that
+        reads `linear.weight.dtype` or a weight's values. Setting its `data` (PEFT's merge) raises RuntimeError.
         """
-        return wna16_decode(
-            self.weight_packed,
-            self.weight_scale,
-            self.weight_zero_point,
-            self.in_features,
-            self.bits,
-            self.weight_scale.dtype,
-        )
+        return self.decoded(self.dtype).as_subclass(_Decoded)
 
     def to_linear(self, dtype: torch.dtype | None = None) -> nn.Linear:
-        """A dense copy of this layer."""
-        weight = self.weight.to(dtype or self.weight_scale.dtype)
+        """A dense copy of this layer. Raises InputError for a part of one."""
+        if self.held.shape != self.held.disk.shape:
+            raise InputError("a layer that is split over several ranks has no dense copy; load it without tp_plan")
+        weight = self.decoded(dtype or self.dtype)
         with torch.device("meta"):
             linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None)
         linear.weight = nn.Parameter(weight)
@@ -97,21 +119,28 @@ class PackedLinear(nn.Module):
             linear.bias = nn.Parameter(self.bias.detach().to(weight.dtype))
         return linear
 
-    def check_loaded(self, name: str) -> None:
-        """After loading: the stored shape must be this layer's. Raises InputError that names the layer."""
-        if self.weight_shape.device.type == "meta":
-            return  # offloaded: transformers has compared the shapes of the packed tensors
-        stored = tuple(int(x) for x in self.weight_shape)
-        if stored != (self.out_features, self.in_features):
-            raise InputError(
-                f"{name}.weight_shape says {stored}, the model's config says {(self.out_features, self.in_features)}; "
-                "the checkpoint belongs to another config.json"
-            )
-
     def extra_repr(self) -> str:
-        w = self.scheme.weights
+        w, a = self.held.disk.scheme.weights, self.held.activations
         group = w.group_size if w.strategy == "group" else w.strategy
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"bits={self.bits}, group={group}, zero_point={not w.symmetric}"
+            f"{w.number}, group={group}, zero_point={not w.symmetric}, inputs={a.number if a else None}, "
+            f"path={self.held.path}"
+        )
+
+
+class _Decoded(torch.Tensor):
+    """A weight that is a copy: what is written into its data would be lost."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @property
+    def data(self) -> torch.Tensor:
+        return self.detach().as_subclass(torch.Tensor)
+
+    @data.setter
+    def data(self, value: torch.Tensor) -> None:
+        raise RuntimeError(
+            "this weight is a decoded copy of packed codes, and nothing can be merged into it; call model.dequantize() "
+            "first, or keep the adapter apart"
         )

@@ -1,150 +1,222 @@
-"""quantkit's quantizer for transformers: compressed-tensors checkpoints that stay packed.
+"""quantkit's quantizer for transformers: checkpoints stay packed, whoever wrote them.
 
-transformers' own quantizer decompresses every layer to dense at the first forward, cannot load asymmetric checkpoints,
-and needs the compressed-tensors package. `PackedQuantizer` swaps each packed linear for a `PackedLinear` instead. What
-it cannot hold (another scheme, fused experts, `dequantize=True`) goes to transformers' own quantizer, which it
-subclasses; one warning on the logger "quantkit" gives the reason.
+`PackedQuantizer` swaps each packed linear for a `PackedLinear` while the model is empty, and has transformers convert
+the tensors of the file while it loads (conversion.py). It stands for every quant_method that quantkit reads. What it
+cannot hold (a model that ties a packed weight, rotations at run time) goes to transformers' own quantizer of that
+method, and one warning on the logger "quantkit" gives the reason; where transformers has none, or loads such a
+checkpoint wrong, it is refused. `dequantize=True` loads packed as well, and then decodes: transformers' own way is
+wrong or fails for several formats.
 """
 
 from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import nn
 from transformers.quantizers.base import HfQuantizer
-from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
 from transformers.utils import quantization_config as stock
 from transformers.utils.import_utils import is_compressed_tensors_available
 
+from quantkit import formats
 from quantkit.errors import InputError, MissingError
-from quantkit.experts import is_fused
-from quantkit.formats.compressed_tensors import ReadConfig, not_packed, read_config, words
-from quantkit.runtime import cache
+from quantkit.runtime import cache, joint, parallel, planning
+from quantkit.runtime.experts import PackedExperts
+from quantkit.runtime.held import Held
 from quantkit.runtime.linear import PackedLinear
-from quantkit.types import Scheme
+from quantkit.types import Format
+from quantkit_kernels.choice import gpu_of
+from quantkit_kernels.gptq import available
+from quantkit_kernels.w8a8 import runs
 
 logger = logging.getLogger("quantkit")
 
+# quant_method -> transformers' own quantizer and config, which `plugin` puts in here; None where it has none
+STOCK: dict[str, tuple[type[HfQuantizer], type[stock.QuantizationConfigMixin]] | None] = {}
 
-class CompressedTensorsConfig(stock.CompressedTensorsConfig):
-    """transformers' config of the same name, which reads the checkpoint without the compressed-tensors package.
 
-    The name must be the same: transformers compares it with that of a config passed to `from_pretrained`. The content
-    of config.json is kept as it is and written back unchanged; the library's own object is built only when asked for.
-    """
+def keep_stock(method: str, own: Any, config: Any) -> None:
+    """Remembers what transformers has for a quant_method, before it is replaced."""
+    if method == "compressed-tensors" and own is not None:
+        from quantkit.runtime.stock import StockCompressedTensors as own
+    STOCK[method] = None if own is None or config is None else (own, config)
+
+
+class HeldConfig(stock.QuantizationConfigMixin):
+    """A `quantization_config` as it is in config.json, kept and written back unchanged."""
+
+    method: str
 
     def __init__(self, **content: Any) -> None:
         self.content = content
-        self.quant_method = stock.QuantizationMethod.COMPRESSED_TENSORS
+        self.quant_method = next((m for m in stock.QuantizationMethod if m == self.method), self.method)
         self.dequantize = bool(content.get("dequantize")) or content.get("run_compressed") is False
-        self.use_optimized_inference = bool(content.get("use_optimized_inference"))
-        self.through_library = False
-        self._library: Any = None
-
-    def read(self) -> ReadConfig:
-        """The content in quantkit's words."""
-        return read_config({"quant_method": "compressed-tensors", **self.content})
-
-    @property
-    def quantization_config(self) -> Any:
-        """The library's own config object. Raises MissingError when the package is not installed."""
-        if self._library is None and self.content.get("config_groups"):
-            if not is_compressed_tensors_available():
-                raise MissingError(
-                    "this checkpoint needs the compressed-tensors package: pip install compressed-tensors"
-                )
-            self._library = stock.CompressedTensorsConfig(**self.content).quantization_config
-        return self._library
-
-    @property
-    def is_quantized(self) -> bool:
-        return bool(self.content.get("config_groups"))
-
-    @property
-    def is_quantization_compressed(self) -> bool:
-        # the library changes its own object once it has decompressed
-        status = getattr(self._library, "quantization_status", self.content.get("quantization_status"))
-        return self.is_quantized and status == "compressed"
 
     def to_dict(self) -> dict[str, Any]:
-        """What goes into config.json: what was read; after transformers' own path, what the library makes of it."""
-        if self.through_library:
-            return dict(super().to_dict())
         return copy.deepcopy(self.content)
 
     def to_diff_dict(self) -> dict[str, Any]:
         return self.to_dict()
 
+    def get_loading_attributes(self) -> dict[str, Any]:
+        return {}
 
-class PackedQuantizer(CompressedTensorsHfQuantizer):
-    """Swaps packed linears for `PackedLinear`; `packed` is False once transformers' own path has been taken."""
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, HeldConfig) and self.content == other.content
 
-    def __init__(self, quantization_config: CompressedTensorsConfig, **kwargs: Any) -> None:
-        HfQuantizer.__init__(self, quantization_config, **kwargs)
-        self.read = quantization_config.read()
-        self.packed, self.use_fp8_kernel = True, False
+    __hash__ = None  # type: ignore[assignment]
+    __repr__ = stock.QuantizationConfigMixin.__repr__
+
+
+def config_class(method: str) -> type[HeldConfig]:
+    """The config of a quant_method. It is one of transformers' own, and has its name: transformers compares both."""
+    own = STOCK.get(method)
+    bases = (HeldConfig,) if own is None else (HeldConfig, own[1])
+    name = "ModelOptConfig" if own is None else own[1].__name__
+    found = type(name, bases, {"method": method, "__module__": __name__})
+    globals()[name] = found  # where pickle looks for it
+    return found
+
+
+class PackedQuantizer(HfQuantizer):
+    """Keeps a checkpoint packed. What it cannot hold makes it transformers' own quantizer, class and all."""
+
+    requires_calibration = True
+
+    def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
+        pre_quantized = kwargs.get("pre_quantized", True)
+        if not pre_quantized or not isinstance(quantization_config, HeldConfig):
+            self._become_stock(quantization_config, pre_quantized)  # transformers quantizes a dense model
+            return
+        super().__init__(quantization_config, **kwargs)
+        self.read = self.form.read_config({"quant_method": quantization_config.method, **quantization_config.content})
+        self.plan = planning.Plan()
         self.cache_hooks: list[Any] = []
-        if quantization_config.dequantize:
-            self._fall_back("dequantize=True asks for dense weights")
-        elif (reason := not_packed(self.read)) is not None:
-            self._fall_back(reason)
+        self.scales_below = False  # of the KV cache: below k_proj and v_proj on disk, as ModelOpt has them
+        self.dtype: torch.dtype | None = None
+        if self.read.unsupported is not None:
+            self._fall_back(self.read.unsupported)
 
-    def _fall_back(self, reason: str) -> None:
-        """From here on this is transformers' own quantizer. Raises MissingError when that lacks its package."""
-        if not is_compressed_tensors_available():
+    @property
+    def form(self) -> Format:
+        """The checkpoint's format. Not kept: a model is copied with its quantizer, and modules are not."""
+        return formats.by_method(self.quantization_config.method)
+
+    def _become_stock(self, config: Any, pre_quantized: bool) -> None:
+        method = str(getattr(config.quant_method, "value", config.quant_method))
+        found = STOCK.get(method)
+        if found is None:
+            raise InputError(f"transformers does not quantize to {method}; quantkit quantize does")
+        own = found[0](config, pre_quantized=pre_quantized)
+        self.__dict__ = {**own.__dict__, "content": getattr(self, "content", {})}
+        self.__class__ = type(own)
+
+    def _fall_back(self, reason: str, device_map: Any = None) -> None:
+        """From here on this is transformers' own quantizer.
+
+        Raises InputError when there is none, MissingError when that lacks its package.
+        """
+        held: HeldConfig = self.quantization_config
+        found = STOCK.get(held.method)
+        if found is None:
+            raise InputError(
+                f"quantkit does not keep this {held.method} checkpoint packed ({reason}), and transformers does not "
+                "read it; quantkit convert FOLDER --to dense, and load that"
+            )
+        if held.method == "compressed-tensors" and not is_compressed_tensors_available():
             raise MissingError(
                 f"quantkit does not keep this checkpoint packed ({reason}), and transformers' own loader needs the "
                 "compressed-tensors package: pip install compressed-tensors"
             )
-        logger.warning("quantkit: not kept packed, loading through transformers' own compressed-tensors: %s", reason)
-        self.packed = False
-        self.quantization_config.through_library = True
-        super().__init__(self.quantization_config, pre_quantized=self.pre_quantized)
-        super().validate_environment()
+        logger.warning("quantkit: not kept packed, loading through transformers' own %s: %s", held.method, reason)
+        config = found[1].from_dict(held.to_dict())
+        if held.dequantize:
+            config.dequantize = True
+        self.content = held.content
+        own: HfQuantizer = self
+        try:
+            self._become_stock(config, True)
+            own.validate_environment(device_map=device_map)
+        except ImportError as error:
+            raise MissingError(
+                f"quantkit does not keep this {held.method} checkpoint packed ({reason}), and transformers' own loader "
+                f"lacks a package: {error}; or quantkit convert FOLDER --to dense, and load that"
+            ) from None
 
-    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
-        if not self.packed:
-            super().validate_environment(*args, **kwargs)
+    # while loading ---------------------------------------------------------------------------------------------------
+
+    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        self.dtype = dtype
+        return dtype
+
+    def _convert_model_for_quantization(self, model: nn.Module) -> None:
+        """transformers takes Llama 4's experts apart here; packed ones stay together."""
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
-        if self.packed:
-            files = kwargs.get("checkpoint_files")
-            swaps, reason = plan(model, self.read, files)
-            owners: dict[str, dict[str, tuple[int, ...]]] = {}
-            if reason is None and self.read.kv_cache is not None:
-                owners, reason = caches_on_disk(model, files)
-            if reason is None:
-                self.cache_hooks = cache.attach(model, owners)
-                for name, scheme in swaps.items():
-                    model.set_submodule(name, _packed_like(name, model.get_submodule(name), scheme))
-                return
-            self._fall_back(reason)
-        check_experts(model, self.read, kwargs.get("checkpoint_files"))
-        super()._process_model_before_weight_loading(model, **kwargs)
-        _follow_dtype(model)
+        files = kwargs.get("checkpoint_files")
+        try:
+            if self.quantization_config.dequantize and not _one_device(kwargs.get("device_map")):
+                raise planning.NotHeld("dequantize=True, on more than one device")
+            self.plan = planning.plan(model, self.form, self.read, files, fp8=_multiplies_fp8(kwargs.get("device_map")))
+            owners, self.scales_below = planning.caches(model, self.form, self.read, files)
+        except planning.NotHeld as reason:
+            self._fall_back(str(reason), kwargs.get("device_map"))
+            own: HfQuantizer = self
+            own._convert_model_for_quantization(model)
+            own._process_model_before_weight_loading(model, **kwargs)
+            return
+        self.cache_hooks = cache.attach(model, owners)
+        for name, held in self.plan.linears.items():
+            linear = model.get_submodule(name)
+            assert isinstance(linear, nn.Linear)
+            model.set_submodule(name, PackedLinear.like(linear, held, bias=self.plan.biases.get(name)))
+        for name, stacks in self.plan.experts.items():
+            model.set_submodule(name, PackedExperts(model.get_submodule(name), stacks))
+        parallel.plan(model)
+
+    def get_weight_conversions(self) -> list[Any]:
+        from transformers.core_model_loading import WeightRenaming
+
+        from quantkit.runtime.conversion import Packing
+
+        sides = "kv" if self.scales_below else ""
+        below = [WeightRenaming(rf"\.{side}_proj\.{side}_scale", f".{side}_scale") for side in sides]
+        return [*below, Packing(self.plan.places, self.plan.back, self)]
+
+    def update_weight_conversions(self, weight_conversions: list[Any], *model: Any) -> list[Any]:
+        """Ours first: of converters, the first that matches a name has it."""
+        return [*self.get_weight_conversions(), *weight_conversions]
+
+    def get_load_operations(self) -> dict[str, Any]:
+        return {}
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> Any:
-        if not self.packed:
-            _experts_follow_dtype(model)
-            return super()._process_model_after_weight_loading(model, **kwargs)
-        for name, module in model.named_modules():
-            if isinstance(module, PackedLinear):
+        for module in model.modules():
+            if isinstance(module, PackedLinear | PackedExperts):
                 module.requires_grad_(False)  # the loader turns it on for floats, whatever the parameter was
-                module.check_loaded(name)
-            for leaf in cache.LEAVES if self.cache_hooks else ():
-                if leaf in module._parameters:
-                    module._parameters[leaf].requires_grad_(False)
+                for buffer in module._buffers.values():
+                    if buffer is not None and not buffer.is_meta:
+                        buffer.zero_()  # transformers fills what is not in a checkpoint with whatever there was
+                continue
+            for leaf, parameter in module._parameters.items():
+                if parameter is None or not parameter.is_floating_point() or parameter.dtype.itemsize == 1:
+                    continue
+                if leaf in cache.LEAVES and self.cache_hooks:
+                    parameter.requires_grad_(False)
+                elif self.dtype is not None and parameter.dtype.itemsize < self.dtype.itemsize:
+                    parameter.data = parameter.data.to(self.dtype)  # 5.17 leaves renamed tensors in theirs
+        if self.quantization_config.dequantize:  # whoever asks for it gets what the codes stand for
+            return self._dequantize(model, self.dtype)
+        say_paths(model)
+        joint.join(model, on="cuda")
         return model
 
     def _dequantize(self, model: nn.Module, dtype: Any = None) -> Any:
         """`model.dequantize()`: each packed layer becomes a dense one, and keys and values stay as they are."""
-        if not self.packed:
-            return super()._dequantize(model, dtype=dtype)
         if self.cache_hooks:
             cache.detach(model, self.cache_hooks)
         if isinstance(dtype, str):  # as config.json has it; transformers passes it on
@@ -152,180 +224,85 @@ class PackedQuantizer(CompressedTensorsHfQuantizer):
         for name, module in list(model.named_modules()):
             if isinstance(module, PackedLinear):
                 model.set_submodule(name, module.to_linear(dtype))
+            elif isinstance(module, PackedExperts):
+                model.set_submodule(name, module.to_fused(dtype))
+        conversions: list[Any] = getattr(model, "_weight_conversions", None) or []
+        left = [c for c in conversions if not hasattr(c, "places")]
+        # None: as if the model had been made, not loaded
+        model._weight_conversions = None if self.plan.experts else left  # type: ignore[assignment]
         return model
 
-    def get_load_operations(self) -> dict[str, Any]:
-        """Parameters have the names that tensors have on disk: nothing is converted while loading."""
-        return {} if self.packed else super().get_load_operations()
+    # what may be done with it -----------------------------------------------------------------------------------------
 
-    def get_weight_conversions(self) -> list[Any]:
-        return [] if self.packed else super().get_weight_conversions()
-
-    def update_weight_conversions(self, weight_conversions: list[Any], *model: Any) -> list[Any]:
-        return weight_conversions if self.packed else super().update_weight_conversions(weight_conversions, *model)
+    def is_serializable(self) -> bool:
+        return True
 
     @property
     def is_trainable(self) -> bool:
         """True: gradients pass through to the inputs, so adapters on top can be trained. The codes cannot."""
-        return True if self.packed else super().is_trainable
+        return True
 
     @property
-    def is_qat_trainable(self) -> bool:
-        # transformers defines it as a property in one class and as a method in the other
-        stock_says = False if self.packed else super().is_qat_trainable
-        return bool(stock_says() if callable(stock_says) else stock_says)
+    def is_compileable(self) -> bool:
+        return True
 
 
-def _follow_dtype(model: nn.Module) -> None:
-    """Gives weights that the library has decompressed the model's dtype.
-
-    At the first forward it makes MX and NVFP4 weights bfloat16, whatever the model is, which in a float32 model cannot
-    be multiplied. Its hook for that is there already, so this one comes after it.
-    """
-
-    def cast(module: nn.Module, args: Any) -> None:
-        handle.remove()
-        dtype: torch.dtype = module.dtype  # type: ignore[assignment]
-        for linear in module.modules():
-            if isinstance(linear, nn.Linear) and hasattr(linear, "quantization_scheme"):
-                linear.weight.data = linear.weight.data.to(dtype)
-
-    handle = model.register_forward_pre_hook(cast)
+def _one_device(device_map: Any) -> bool:
+    """Whether a device_map, as it was given, is one device."""
+    if isinstance(device_map, dict):
+        return len(set(device_map.values())) == 1 and "disk" not in device_map.values()
+    return device_map is None or str(device_map) not in ("auto", "balanced", "balanced_low_0", "sequential")
 
 
-def _experts_follow_dtype(model: nn.Module) -> None:
-    """Gives experts the model's dtype, and what else is too narrow for it, such as a router.
+def _multiplies_fp8(device_map: Any) -> bool:
+    """Whether where a model goes, FP8 codes are multiplied: not if a GPU of this machine, to which it goes, cannot."""
+    given = {str(d) for d in device_map.values()} if isinstance(device_map, dict) else {str(device_map)}
+    if given <= {"None", "cpu", "disk", "meta"} or not torch.cuda.is_available():
+        return True
+    return min(torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())) >= (8, 9)
 
-    The library decodes experts to the dtype of their scales, and transformers 5.17 leaves routers in theirs; in a
-    float32 model neither can be multiplied.
-    """
-    dtype: torch.dtype = model.dtype  # type: ignore[assignment]
+
+def say_paths(model: nn.Module) -> None:
+    """Says, a line each, which layers run without a fast kernel, and whose inputs are rounded apart."""
+    slow: Counter[tuple[str, str]] = Counter()
+    plain: Counter[str] = Counter()
+    apart: Counter[str] = Counter()
+    for held, codes, count in _weights(model):
+        w = held.disk.scheme.weights
+        if held.path == "plain":
+            plain[f"{w.number} {w.strategy} {w.group_size or ''}".strip()] += count
+        elif codes.device.type == "cuda" and not _is_fast(held, codes):
+            slow[(w.number, torch.cuda.get_device_name(codes.device))] += count
+        elif codes.device.type == "cpu":
+            slow[(w.number, "the CPU")] += count
+        if held.rounds_input and held.activations is not None:
+            apart[f"{held.activations.number} before {w.number} weights"] += count
+    for (number, where), count in slow.items():
+        level = logging.INFO if where == "the CPU" else logging.WARNING
+        logger.log(level, "quantkit: %d packed layers of %s run in plain torch on %s", count, number, where)
+    for what, count in plain.items():
+        logger.warning("quantkit: no kernel holds %d layers of %s; they are decoded for every product", count, what)
+    for what, count in apart.items():
+        logger.warning(
+            "quantkit: inputs of %d layers are rounded to %s, which are multiplied by a kernel for weights alone",
+            count,
+            what,
+        )
+
+
+def _weights(model: nn.Module) -> Iterator[tuple[Held, torch.Tensor, int]]:
+    """How each packed weight is held, its codes, and how many layers it stands for."""
     for module in model.modules():
-        for parameter in module._parameters.values() if not hasattr(module, "quantization_scheme") else ():
-            if parameter is None or not parameter.is_floating_point() or parameter.dtype.itemsize == 1:
-                continue
-            if parameter.dtype.itemsize < dtype.itemsize or (is_fused(module) and parameter.dtype != dtype):
-                parameter.data = parameter.data.to(dtype)
+        if isinstance(module, PackedLinear):
+            yield module.held, module.codes, 1
+        elif isinstance(module, PackedExperts):
+            for side, stack in module.stacks.items():
+                yield stack.held, module.get_parameter(f"{side}_codes"), stack.experts * len(stack.parts)
 
 
-def check_experts(model: nn.Module, config: ReadConfig, checkpoint_files: Sequence[str] | None) -> None:
-    """Refuses packed experts that transformers' own loader, which decodes and merges them, gets wrong or fails on.
-
-    It was tried with every preset: right are symmetric integers that are packed, and FP8 a channel or a tensor. NVFP4
-    loads without a word, and wrong. Raises InputError that names the first such expert.
-    """
-    if config.unsupported is not None or not checkpoint_files:
-        return
-    inputs: str | None = None
-    for _, disk, _, merged in _keys_in_memory(model, checkpoint_files):
-        group = config.group_for(disk.removesuffix(".weight")) if merged and disk.endswith(".weight") else None
-        if group is None:
-            continue
-        w, a = group.scheme.weights, group.scheme.activations
-        ints = group.format == "pack-quantized" and w.symmetric
-        if not ints and not (group.format == "float-quantized" and w.strategy in ("channel", "tensor")):
-            raise InputError(
-                f"{disk.removesuffix('.weight')}: experts of {words(group.scheme)} ({group.format}) are decoded wrong "
-                "by transformers' own loader, or not at all, and quantkit does not run packed experts yet; "
-                "quantkit convert FOLDER --to dense, and load that"
-            )
-        inputs = inputs or (a.number if a is not None else None)
-    if inputs is not None:
-        logger.warning("quantkit: transformers runs experts dense, so their inputs are not quantized to %s", inputs)
-
-
-def _packed_like(name: str, linear: nn.Module, scheme: Scheme) -> PackedLinear:
-    assert isinstance(linear, nn.Linear)
-    try:
-        return PackedLinear.like(linear, scheme)
-    except InputError as error:
-        raise InputError(f"{name}: {error}") from error
-
-
-def plan(
-    model: nn.Module, config: ReadConfig, checkpoint_files: Sequence[str] | None
-) -> tuple[dict[str, Scheme], str | None]:
-    """Which modules become packed, and with which scheme; or why the model cannot be held packed.
-
-    The checkpoint decides: a linear is packed when its `weight_packed` is there, and the config says how. Without
-    files (a state dict is given), the config decides alone. Targets and ignored names are the names on disk.
-    """
-    tied = {name for pair in getattr(model, "all_tied_weights_keys", {}).items() for name in pair}
-    swaps: dict[str, Scheme] = {}
-    if not checkpoint_files:
-        for name, module in model.named_modules():
-            if type(module) is nn.Linear and f"{name}.weight" not in tied and (scheme := config.scheme_for(name)):
-                swaps[name] = scheme
-        return swaps, None
-    on_disk, reason = names_on_disk(model, checkpoint_files)
-    for name, module in model.named_modules():
-        if reason is not None or name not in on_disk:
-            continue
-        disk = on_disk[name]
-        scheme = config.scheme_for(disk)
-        if scheme is None:
-            reason = f"{disk} is packed in the checkpoint, but no group of its config names it"
-        elif not isinstance(module, nn.Linear) or type(module).forward is not nn.Linear.forward:
-            reason = f"{disk} is packed, but here it is {type(module).__name__}, which computes something else"
-        elif f"{name}.weight" in tied:
-            reason = f"{disk} is packed, but the model ties its weight to another; set tie_word_embeddings to false"
-        else:
-            swaps[name] = scheme
-    if reason is None and on_disk and not swaps:
-        reason = f"none of the {len(on_disk)} packed layers of the checkpoint, such as {min(on_disk)}, is in this model"
-    return swaps, reason
-
-
-def names_on_disk(model: nn.Module, checkpoint_files: Sequence[str]) -> tuple[dict[str, str], str | None]:
-    """Module name -> name in the checkpoint, for each module whose weight is packed there; or why it cannot be said.
-
-    transformers renames some keys while loading (multimodal models, a head added to a base model) and merges others
-    (the linears of experts into one tensor). The same rules are asked here, with the dense key that they know.
-    """
-    if not all(str(file).endswith(".safetensors") for file in checkpoint_files):
-        return {}, "the checkpoint is not in safetensors"
-    found: dict[str, str] = {}
-    for key, disk, name, merged in _keys_in_memory(model, checkpoint_files):
-        if disk == key:
-            continue
-        if merged:
-            return {}, f"{key} is merged with other tensors while loading (fused experts)"
-        found[name.removesuffix(".weight")] = disk.removesuffix(".weight")
-    return found, None
-
-
-def caches_on_disk(
-    model: nn.Module, checkpoint_files: Sequence[str] | None
-) -> tuple[dict[str, dict[str, tuple[int, ...]]], str | None]:
-    """Attention layers with the shapes of the scales of their KV cache; or why they cannot be held, as `cache.plan`."""
-    if not checkpoint_files:
-        return {}, "kv_cache_scheme is set, and without files its scales are not known"
-    shapes: dict[str, tuple[int, ...]] = {}
-    for file in checkpoint_files:
-        with safe_open(file, framework="pt") as opened:
-            scales = [key for key in opened.keys() if key.endswith(cache.LEAVES)]  # noqa: SIM118
-            shapes |= {key: tuple(opened.get_slice(key).get_shape()) for key in scales}
-    in_memory = {disk: name for _, disk, name, merged in _keys_in_memory(model, checkpoint_files) if not merged}
-    return cache.plan(in_memory, shapes)
-
-
-def _keys_in_memory(model: nn.Module, checkpoint_files: Sequence[str]) -> list[tuple[str, str, str, bool]]:
-    """Of each tensor: its name, the name it would have if it were dense, that one in memory, whether it is merged."""
-    # imported here: while transformers is being imported, and registers us, these may be only half there
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
-
-    transforms = get_model_conversion_mapping(model)
-    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
-    converters = [t for t in transforms if isinstance(t, WeightConverter)]
-    state: Mapping[str, torch.Tensor] = model.state_dict()
-    keys: list[str] = []
-    for file in checkpoint_files:
-        with safe_open(file, framework="pt") as opened:
-            keys += opened.keys()
-    found = []
-    for key in sorted(keys, key=dot_natural_key):  # the loader's order: some renamings begin with the key they see
-        disk = key.removesuffix("_packed") if key.endswith(".weight_packed") else key
-        name, merged = rename_source_key(disk, renamings, converters, model.base_model_prefix, state)
-        found.append((key, disk, name, merged is not None))
-    return found
+def _is_fast(held: Held, codes: torch.Tensor) -> bool:
+    """Whether kernels multiply by these codes on their GPU."""
+    if held.path == "packed":
+        return gpu_of(codes.device).capability >= 80 and available(codes.device)
+    a = held.activations
+    return runs(codes if a is None or a.number == "int8" else codes.view(torch.float8_e4m3fn))

@@ -1,0 +1,134 @@
+"""The commands that run a checkpoint: bench, serve, compile. cli.py adds them to the others."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from quantkit.errors import InputError
+
+FolderArgument = Annotated[
+    Path, typer.Argument(metavar="DIR", help="A quantized checkpoint on this machine.", show_default=False)
+]
+
+
+class Device(str, Enum):
+    """Where the arithmetic runs."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+DeviceOption = Annotated[Device, typer.Option("--device", help="Where the arithmetic runs.")]
+
+
+def add(app: typer.Typer, guarded: Callable[[Any], Any]) -> None:
+    """Adds the commands. guarded: turns what a command raises into a sentence and an exit code."""
+    for command in (bench, serve, compile_step):
+        app.command(name=command.__name__.partition("_")[0])(guarded(command))
+
+
+def _quiet() -> Any:
+    """quantkit.api, with transformers' own bars off."""
+    from transformers.utils import logging
+
+    from quantkit import api
+
+    logging.disable_progress_bar()
+    return api
+
+
+def bench(
+    folder: FolderArgument,
+    against: Annotated[
+        str, typer.Option("--against", metavar="DIR", help="The dense model; auto: random weights of the same config.")
+    ] = "auto",
+    batch: Annotated[str, typer.Option("--batch", metavar="LIST", help="Rows at once, by commas.")] = "1,16",
+    prompt: Annotated[int, typer.Option("--prompt", min=1, help="Tokens of a prompt.")] = 128,
+    new: Annotated[int, typer.Option("--new", min=2, help="Tokens to generate.")] = 128,
+    runs: Annotated[int, typer.Option("--runs", min=1, help="Runs, of which the median is told.")] = 5,
+    loop: Annotated[
+        str, typer.Option("--loop", help="What generates: quantkit, quantkit-compiled, transformers, ...")
+    ] = ("quantkit"),
+    device: DeviceOption = Device.auto,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything that was measured as JSON.")] = False,
+) -> None:
+    """Measure tokens a second and memory beside bf16, and tell where bf16 is the better choice."""
+    try:
+        batches = [int(part) for part in batch.split(",")]
+    except ValueError:
+        raise InputError(f"--batch {batch}: expected numbers with commas between them, such as 1,16") from None
+    api = _quiet()
+    from quantkit import report
+    from quantkit.runtime import bench as benching
+
+    found = benching.bench(
+        folder,
+        device=api.pick_device(device.value),
+        against=against,
+        batches=batches,
+        prompt=prompt,
+        new=new,
+        loop=loop,
+        runs=runs,
+    )
+    if as_json:
+        print(json.dumps({**found.to_dict(), "versions": api.versions()}, indent=1))
+    else:
+        report.print_section(benching.section(found, report.size))
+
+
+def serve(
+    folder: FolderArgument,
+    host: Annotated[str, typer.Option("--host", help="Address to listen on. No password is asked for.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0: any that is free.")] = 8000,
+    name: Annotated[str | None, typer.Option("--name", help="By which clients ask for it; else the folder's.")] = None,
+    continuous_batching: Annotated[
+        bool, typer.Option("--continuous-batching/--no-continuous-batching", help="Requests share batches.")
+    ] = True,
+    grace: Annotated[
+        float, typer.Option("--grace", min=0, help="Seconds for running requests when it is told to end.")
+    ] = 10.0,
+    device: DeviceOption = Device.auto,
+) -> None:
+    """Serve a checkpoint by OpenAI's API: chat and text completions, streamed or whole."""
+    api = _quiet()
+    from quantkit.runtime.serve import serve as serving
+
+    serving(
+        folder,
+        host=host,
+        port=port,
+        name=name,
+        device=api.pick_device(device.value),
+        continuous_batching=continuous_batching,
+        grace=grace,
+        say=lambda line: print(line, flush=True),
+    )
+
+
+def compile_step(
+    folder: FolderArgument,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Folder to write; else one beside torch's own caches.")
+    ] = None,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Rows at once.")] = 1,
+    slots: Annotated[int, typer.Option("--length", min=16, help="Tokens of a sequence, prompt included.")] = 2048,
+    device: DeviceOption = Device.auto,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Compile again what is there.")] = False,
+) -> None:
+    """Compile a decoding step ahead of time, for this GPU architecture, into a package that loads in seconds."""
+    api = _quiet()
+    from quantkit import report
+    from quantkit.runtime import compiled
+
+    made = compiled.compile_folder(
+        folder, out, batch=batch, slots=slots, device=api.pick_device(device.value), overwrite=overwrite
+    )
+    report.print_section(compiled.section(made, report.size))

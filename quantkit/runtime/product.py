@@ -1,0 +1,223 @@
+"""The product of an input with a packed weight: which operator, and with what.
+
+    path     operator             with
+    packed   wxa16_linear         the input, rounded before it where the scheme says so
+    w8a8     w8a8_linear          the input as codes: a token, or calibrated
+    block    fp8_block_linear     the input as codes: 128 columns of a token
+    plain    a dense linear       the weight, decoded for every product
+
+Gradients reach the input, and are those of the decoded weight; that the input is rounded counts as nothing.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from quantkit import numerics
+from quantkit.checkpoint import DTYPES
+from quantkit.formats._shared import by_column
+from quantkit.runtime.held import Held
+from quantkit.runtime.rounding import rounded
+from quantkit.types import QParams, QuantizedTensor, TensorScheme
+from quantkit_kernels import activation, layout, wxa16
+from quantkit_kernels.fp8_block import fp8_block_linear
+from quantkit_kernels.w8a8 import w8a8_linear
+
+
+class Product(nn.Module):
+    """y = x Wᵀ + b of what `held` describes, whose tensors are parameters or buffers of this module."""
+
+    held: Held
+    codes: torch.Tensor
+    scale: torch.Tensor
+    counters: torch.Tensor
+    bias: torch.Tensor | None
+
+    def _get(self, name: str) -> torch.Tensor | None:
+        """One of the tensors that are held; None where there is none of that name."""
+        found = self._parameters.get(name)
+        return self._buffers.get(name) if found is None else found
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All that is held, by the names of `held.specs()`."""
+        found = {name: self._get(name) for name in self.held.specs()}
+        return {name: t for name, t in found.items() if t is not None}
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., K) -> (..., N), in the dtype of x."""
+        if self.held.factor:
+            x = x * self._factor().to(x.dtype)
+        if self.held.path in ("w8a8", "block"):
+            if torch.is_grad_enabled() and x.requires_grad:
+                y: torch.Tensor = _StraightThrough.apply(x, self)
+                return y if self.bias is None else y + self.bias.to(y.dtype)
+            return self._on_codes(x, self.bias)
+        if self.held.rounds_input:
+            x = self._rounded(x)
+        if self.held.path == "plain":
+            weight = self._plain(x.dtype)
+            return F.linear(x, weight, None if self.bias is None else self.bias.to(x.dtype))
+        held = self.held
+        y = wxa16.wxa16_linear(
+            x,
+            self.codes,
+            self.scale,
+            self._get("zero"),
+            self._global_scale(),
+            self.bias,
+            self._get("order"),
+            self.counters,
+            held.kind,
+            held.scale_dtype,
+            *held.shape,
+            held.group,
+        )
+        return y
+
+    def _on_codes(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """Inputs as codes, times the weight's."""
+        a = self.held.activations
+        assert a is not None
+        if self.held.path == "block":
+            x_q, x_scale = activation.quantize_per_block(x, "fp8_e4m3", 128)
+            scale = self.scale.view(self._scale_dtype)
+            return fp8_block_linear(x_q, x_scale, self.codes.view(torch.float8_e4m3fn), scale, bias, x.dtype)
+        weight = self.codes if a.number == "int8" else self.codes.view(torch.float8_e4m3fn)
+        scale = self.scale.view(self._scale_dtype)
+        x_zero = None
+        if a.strategy == "token" and a.symmetric:
+            x_q, x_scale = activation.quantize_per_token(x, a.number)
+        elif a.strategy == "token":
+            x_q, x_scale, x_zero = activation.quantize_per_token_asymmetric(x)
+        else:
+            x_scale, x_zero = self._input_scale(x, a)
+            x_q = activation.quantize_static(x, x_scale, a.number, x_zero)
+        weight_sum = self._get("weight_sum")
+        scale = scale if len(scale) == len(weight) else scale.reshape(1)
+        return w8a8_linear(x_q, x_scale, weight, scale, bias, x.dtype, x_zero, weight_sum)
+
+    def _input_scale(self, x: torch.Tensor, a: TensorScheme) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Of a whole tensor: calibrated, or found in the tokens at hand."""
+        if not a.dynamic:
+            zero = None if a.symmetric else self._kept("input_zero_point").reshape(1)
+            return self._kept("input_scale").float().reshape(1), zero
+        reach = x.abs().amax().float().reshape(1)
+        scale = reach / reach.new_full((), 127.5 if a.number == "int8" else 448.0)
+        return torch.where(scale == 0, torch.finfo(torch.float32).eps, scale), None
+
+    def _rounded(self, x: torch.Tensor) -> torch.Tensor:
+        a = self.held.activations
+        assert a is not None
+        scale = zero = None
+        if a.number == "nvfp4":
+            ours = self._get("input_global_scale") is not None  # it divides; ModelOpt's multiplies
+            scale = self._kept("input_global_scale") if ours else 1 / self._kept("input_scale")
+        elif not a.dynamic:
+            scale, zero = self._input_scale(x, a)
+        return rounded(x, a, scale, zero)
+
+    def _kept(self, name: str) -> torch.Tensor:
+        """A tensor that is held as it is on disk, in its dtype there."""
+        t = self._get(name)
+        assert t is not None
+        return t.view(DTYPES[self.held.disk.parts[name].dtype])
+
+    def _factor(self) -> torch.Tensor:
+        first, last = self.held.columns_held or (0, self.held.disk.shape[1])
+        return self._kept("pre_quant_scale")[first:last]
+
+    @property
+    def _scale_dtype(self) -> torch.dtype:
+        return self.held.codes_scale_dtype
+
+    def _global_scale(self) -> torch.Tensor | None:
+        found = self._get("global_scale")
+        return None if found is None else found.view(torch.float32)
+
+    def _plain(self, dtype: torch.dtype) -> torch.Tensor:
+        w, t = self.held.disk.scheme.weights, self.tensors()
+        whole = t.get("global_scale")
+        found: torch.Tensor = decode_plain(
+            t["codes"],
+            t["scale"].view(self._scale_dtype),
+            t.get("zero"),
+            None if whole is None else whole.view(torch.float32),
+            t.get("g_idx"),
+            dtype,
+            w.number,
+            w.strategy,
+            w.group_size or 0,
+            list(w.block_shape or ()),
+        )
+        return found
+
+    def decoded(self, dtype: torch.dtype) -> torch.Tensor:
+        """The weight (N, K), computed in float32 and rounded once."""
+        held = self.held
+        if held.path == "packed":
+            packed = held.packed(self.tensors(), 0, held.shape[0])
+            weight = layout.decode(packed, dtype if not held.factor else torch.float32)
+            if held.order:
+                weight = weight[:, torch.argsort(self.tensors()["order"].long())]
+        else:
+            weight = self._plain(dtype if not held.factor else torch.float32)
+        return (weight * self._factor().float()).to(dtype) if held.factor else weight
+
+
+class _StraightThrough(torch.autograd.Function):
+    """A product of codes, with the gradient of the decoded weight: rounding the input counts as nothing."""
+
+    @staticmethod
+    def forward(ctx, x, layer):  # type: ignore[no-untyped-def]
+        ctx.layer = layer
+        return layer._on_codes(x, None)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        return grad @ ctx.layer._plain(grad.dtype), None
+
+
+@torch.library.custom_op("quantkit::decode_plain", mutates_args=())
+def decode_plain(
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor | None,
+    global_scale: torch.Tensor | None,
+    g_idx: torch.Tensor | None,
+    dtype: torch.dtype,
+    number: str,
+    strategy: str,
+    group_size: int,
+    block_shape: list[int],
+) -> torch.Tensor:
+    """The weight (N, K) of codes (N, K) and scales as `QuantizedTensor` has them, in plain torch.
+
+    g_idx  (K,) the group of each column, or None: runs of `group_size`
+    """
+    block = (block_shape[0], block_shape[1]) if block_shape else None
+    scheme = TensorScheme(number, strategy, group_size or None, zero is None, False, block)  # type: ignore[arg-type]
+    if number in ("fp8_e4m3", "mxfp8_e4m3"):
+        codes = codes.view(torch.float8_e4m3fn)
+    q = QuantizedTensor(codes, QParams(scale, zero, global_scale), scheme)
+    if strategy == "group":
+        groups = torch.arange(codes.shape[1], device=codes.device) // group_size
+        q = by_column(q, group_K=groups if g_idx is None else g_idx)
+    return numerics.dequantize(q).to(dtype)
+
+
+@decode_plain.register_fake
+def _fake(
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor | None,
+    global_scale: torch.Tensor | None,
+    g_idx: torch.Tensor | None,
+    dtype: torch.dtype,
+    number: str,
+    strategy: str,
+    group_size: int,
+    block_shape: list[int],
+) -> torch.Tensor:
+    return codes.new_empty(codes.shape, dtype=dtype)
