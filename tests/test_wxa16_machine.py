@@ -263,7 +263,7 @@ def test_hopper(case: tuple[Any, ...], tmp_path: Path) -> None:
     ("block_m", "block_n", "warps", "stages"), [(256, 128, 8, 3), (128, 256, 8, 4), (64, 128, 4, 3), (32, 128, 4, 4)]
 )
 def test_shared_out_evenly_on_hopper(block_m: int, block_n: int, warps: int, stages: int, tmp_path: Path) -> None:
-    """What the loop over tiles needs is kept out of the loop over columns: there is no spill, no plain load or store."""
+    """What the loop over tiles needs is kept out of the loop over columns: no spill, no plain load or store."""
     from quantkit_kernels import _wxa16_stream
 
     given = constants("int4", "bf16", 128, block_m, block_n, 1, warps, 90, GROUP_M=4)

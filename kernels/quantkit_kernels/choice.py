@@ -2,8 +2,8 @@
 
 A table that was measured on a GPU answers first (`tables/*.json`, one file a GPU, and those in the folder that the
 environment variable QUANTKIT_KERNELS_TABLES names, which win), if need be with its figures for a like weight; shapes
-that it does not know, and GPUs without a table, get what `heuristic` computes. Nothing is measured here: `candidates`, then `neighbours`, list what is worth timing,
-`wxa16.run_with` runs one of them, `save_table` writes what was found.
+that it does not know, and GPUs without a table, get what `heuristic` computes. Nothing is measured here: `candidates`,
+then `neighbours`, list what is worth timing, `wxa16.run_with` runs one of them, `save_table` writes what was found.
 
     entries of a table   "int4/bf16/g128/30x24": {"16": {"block_m": 16, ...}, ...}
                          kind / scale dtype / group / buckets of N and K, then the largest M that it is for
@@ -103,7 +103,7 @@ def _choose(problem: Problem, gpu: Gpu) -> Choice:
 
 
 def relatives(problem: Problem) -> list[Problem]:
-    """Weights of as many bits whose figures are nearer than a guess: without zero points, bf16 scales, groups of 128."""
+    """Weights of as many bits, whose figures are nearer than a guess: no zero points, bf16 scales, groups of 128."""
     if not problem.group or not layout.get(problem.kind).integer:
         return []
     plain = problem._replace(kind=problem.kind.removesuffix("z"), scale_dtype="bf16")

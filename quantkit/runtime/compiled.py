@@ -170,6 +170,11 @@ def compile_step(
 
 def _compile(model: Any, batch: int, slots: int, file: Path) -> None:
     device = model.get_input_embeddings().weight.device
+    if device.type == "cuda":
+        raise MissingError(
+            f"torch {torch.__version__} ends with a segmentation fault when it loads a package without weights on a "
+            "GPU; use quantkit.generate(compile=True), which compiles in the process"
+        )
     if shutil.which(os.environ.get("CXX", "g++")) is None and shutil.which("clang++") is None:
         raise MissingError("a C++ compiler is needed to package a compiled step: install g++, or set CXX")
     token = torch.zeros(batch, 1, dtype=torch.int64, device=device)

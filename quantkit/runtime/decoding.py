@@ -7,6 +7,7 @@ often as tokens are wanted, and the host looks only now and then whether all row
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -268,7 +269,7 @@ class Decoder:
         return None
 
     def _warm_up(self) -> None:
-        current, side = torch.cuda.current_stream(self.device), torch.cuda.Stream(self.device)
+        current, side = torch.cuda.current_stream(self.device), _side_stream(self.device)
         side.wait_stream(current)
         with torch.cuda.stream(side):
             for _ in range(WARM_UP):
@@ -280,6 +281,12 @@ class Decoder:
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             self.step()
         return graph
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """One a GPU: cuBLAS keeps a workspace of 32 MiB for every stream that it was called on."""
+    return torch.cuda.Stream(device)
 
 
 def _takes(model: nn.Module, argument: str) -> bool:
