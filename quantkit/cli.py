@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
 import typer
 
-from quantkit import __version__, cli_running
+from quantkit import __version__, cli_hub, cli_running
 from quantkit.cli_running import Device, DeviceOption
 from quantkit.errors import GateError, InputError, MissingError, QuantkitError
 
@@ -312,6 +312,7 @@ def lint(
 
 
 cli_running.add(app, _guarded)
+cli_hub.add(app, _guarded)
 
 
 @app.command()

@@ -29,6 +29,8 @@ LAYERS = (
         "quantkit.progress",
         "quantkit.profile",
         "quantkit.hub",
+        "quantkit.hub_calls",
+        "quantkit.hub_commit",
         "quantkit.strict_yaml",
     ),
     (
@@ -62,8 +64,16 @@ LAYERS = (
         "quantkit.inspection",
     ),
     ("quantkit_eval",),
-    ("quantkit.validation", "quantkit.comparison", "quantkit.api", "quantkit.report", "quantkit.doctor"),
-    ("quantkit.cli", "quantkit.cli_running", "quantkit.__main__", "quantkit"),
+    (
+        "quantkit.validation",
+        "quantkit.comparison",
+        "quantkit.api",
+        "quantkit.report",
+        "quantkit.doctor",
+        "quantkit.card",
+        "quantkit.push",
+    ),
+    ("quantkit.cli", "quantkit.cli_running", "quantkit.cli_hub", "quantkit.__main__", "quantkit"),
 )
 # What the kernels may import besides the standard library: they are of use without the rest.
 KERNEL_IMPORTS = {"quantkit_kernels", "torch", "triton"}
