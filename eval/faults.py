@@ -3,8 +3,10 @@
     python eval/faults.py --log build/faults.jsonl [--moe FOLDER_OF_docs-moe-27m] [--seeds 20] [--only PATTERN]
 
 A fault is planted in a written checkpoint (tensors or config.json), as a bug in a packer, a loader or a fold would;
-then `quantkit validate` runs as a user would run it. `--seeds` adds good W8A16 outputs, each calibrated on other rows
-and measured on other windows, none of which may fail. Lines of the log are not done again.
+then `quantkit validate` runs as a user would run it. A fault in generation_config.json leaves every logit as it is, so
+no figure of the text can move: those outputs are validated with a task too, and a gate for it. `--seeds` adds good
+W8A16 outputs, each calibrated on other rows and measured on other windows, none of which may fail. Lines of the log
+are not done again.
 """
 
 from __future__ import annotations
@@ -15,8 +17,8 @@ import json
 import random
 import shutil
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,20 +28,40 @@ from safetensors.torch import load_file, save_file
 import accuracy
 import quantkit
 from accuracy_table import row
+from quantkit import output
 from quantkit.errors import QuantkitError
+from quantkit.recipe import Recipe
 
 LLAMA, WEIGHTS = "builtin:pydocs-llama-7m", "model.safetensors"
+COMPLETION = ("pydocs_completion",)
+RECOVERED = 0.9  # of each task's score: the gate of an output that is validated with tasks
+UNDERSCORES = [66, 340]  # "_" and "__" in the embedded model's vocabulary
 Tensors = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
 class Fault:
-    """name, the scheme of the output that it is planted in, and what it does to tensors and config, in place."""
+    """name, the scheme of the output that it is planted in, and what it does to tensors and config, in place.
+
+    generation  what generation_config.json says besides
+    tasks       that the output is validated with
+    """
 
     name: str
     scheme: str
     plant: Callable[[Tensors, dict[str, Any]], None]
     moe: bool = False
+    generation: dict[str, Any] = field(default_factory=dict)
+    tasks: tuple[str, ...] = ()
+
+    @property
+    def key(self) -> str:
+        """What a line of the log goes by."""
+        return json.dumps([self.name, self.scheme, self.moe, *self.tasks])
+
+
+def _nothing(_: Tensors, __: dict[str, Any]) -> None:
+    pass
 
 
 def _scales_of_the_group_before(t: Tensors, _: dict[str, Any]) -> None:
@@ -91,9 +113,9 @@ def _router_left_out_of_a_fold(t: Tensors, _: dict[str, Any]) -> None:
 
 
 FAULTS = (
-    Fault("none", "W8A16", lambda t, c: None),
-    Fault("none", "W4A16", lambda t, c: None),
-    Fault("none", "W4A16_ASYM", lambda t, c: None),
+    Fault("none", "W8A16", _nothing),
+    Fault("none", "W4A16", _nothing),
+    Fault("none", "W4A16_ASYM", _nothing),
     Fault("scales of one layer off by one group", "W8A16", _scales_of_the_group_before),
     Fault("scales of one layer off by one group", "W4A16", _scales_of_the_group_before),
     Fault("zero points of one layer lost", "W4A16_ASYM", _zero_points_lost),
@@ -101,7 +123,22 @@ FAULTS = (
     Fault("halves of one q_proj swapped", "W8A16", _rows_of_two_heads_swapped),
     Fault("config ignores a quantized layer", "W8A16", _a_quantized_layer_ignored),
     Fault("rare tokens swapped", "W8A16", _rare_tokens_swapped),
-    Fault("none", "W8A16", lambda t, c: None, moe=True),
+    Fault("none", "W8A16", _nothing, tasks=COMPLETION),
+    Fault(
+        "generation config: a penalty on repetition",
+        "W8A16",
+        _nothing,
+        generation={"repetition_penalty": 1.3},
+        tasks=COMPLETION,
+    ),
+    Fault(
+        "generation config: a wrong end of text",
+        "W8A16",
+        _nothing,
+        generation={"eos_token_id": [0, *UNDERSCORES]},
+        tasks=COMPLETION,
+    ),
+    Fault("none", "W8A16", _nothing, moe=True),
     Fault("two experts of one layer swapped", "W8A16", _experts_swapped, moe=True),
     Fault("a fold that left the router out", "W8A16", _router_left_out_of_a_fold, moe=True),
 )
@@ -120,13 +157,24 @@ def broken(good: Path, fault: Fault, into: Path) -> Path:
     fault.plant(tensors, config)
     save_file({name: t.contiguous() for name, t in tensors.items()}, into / WEIGHTS, metadata={"format": "pt"})
     (into / "config.json").write_text(json.dumps(config))
+    generation = json.loads((good / "generation_config.json").read_text())
+    (into / "generation_config.json").write_text(json.dumps({**generation, **fault.generation}))
     return into
 
 
-def judged(folder: Path) -> dict[str, Any]:
-    """What `quantkit validate` says of a folder."""
+def gates(folder: Path) -> dict[str, Any]:
+    """The default gates of an output, and one for each task."""
+    validation = Recipe.load(folder / output.RECIPE).validation
+    assert validation is not None
+    return {**validation.gates.model_dump(exclude_none=True), "recovery": RECOVERED}
+
+
+def judged(folder: Path, tasks: Sequence[str] = (), *, limit: int | None = None, **measured: Any) -> dict[str, Any]:
+    """What `quantkit validate` says of a folder. limit: items of each task; measured: as api.validate takes it."""
+    if tasks:
+        measured |= {"tasks": {"names": list(tasks), "limit": limit}, "gates": gates(folder)}
     try:
-        found = quantkit.validate(folder)
+        found = quantkit.validate(folder, **measured)
     except QuantkitError as e:
         return {"caught": True, "by": type(e).__name__, "kl": None, "ratio": None, "said": str(e)[:200]}
     return _said(found)
@@ -140,6 +188,7 @@ def _said(found: Any) -> dict[str, Any]:
         "by": ", ".join(missed),
         "kl": found.comparison.kl,
         "ratio": found.comparison.perplexity_ratio,
+        "recovery": [task.recovery.value for task in found.tasks],
         "said": "",
     }
 
@@ -182,24 +231,26 @@ def main() -> None:
         for i, fault in enumerate(FAULTS):
             if (fault.moe and args.moe is None) or not fnmatch.fnmatchcase(fault.name, args.only):
                 continue
-            key = json.dumps([fault.name, fault.scheme, fault.moe])
+            key = fault.key
             if key not in done:
                 model = str(args.moe) if fault.moe else LLAMA
                 good = scratch / f"{fault.scheme}-{fault.moe}"
                 if not good.exists():
                     made(fault.scheme, model, good)
-                done[key] = {"key": key, **judged(broken(good, fault, scratch / f"fault-{i}"))}
+                done[key] = {"key": key, **judged(broken(good, fault, scratch / f"fault-{i}"), fault.tasks)}
                 accuracy.append(args.log, done[key])
-            rows.append({"name": fault.name, "where": f"{fault.scheme}{', experts' if fault.moe else ''}", **done[key]})
+            where = ", ".join([fault.scheme, *(["experts"] if fault.moe else []), *fault.tasks])
+            rows.append({"name": fault.name, "where": where, **done[key]})
         for seed in range(args.seeds):
             key = json.dumps(["seed", seed])
             if key not in done:
                 done[key] = {"key": key, **seeded(seed, scratch)}
                 accuracy.append(args.log, done[key])
             rows.append({"name": f"none, seed {seed}", "where": "W8A16", **done[key]})
-    print(row(["fault", "output", "caught", "by", "KL", "perplexity ratio"]), row(["---"] * 6), sep="\n")
+    print(row(["fault", "output", "caught", "by", "KL", "perplexity ratio", "task"]), row(["---"] * 7), sep="\n")
     for r in rows:
         figures = ["", ""] if r["kl"] is None else [f"{r['kl']:.4f}", f"{r['ratio']:.4f}"]
+        figures.append(", ".join(f"{x:.1%}" for x in r.get("recovery") or ()))
         print(row([r["name"], r["where"], "yes" if r["caught"] else "no", r["by"] or r["said"], *figures]))
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import ValidationError
@@ -206,6 +206,7 @@ def validate(
     length: int | None = None,
     tasks: Sequence[str] | Mapping[str, Any] | None = None,
     gates: Mapping[str, Any] | None = None,
+    side_by_side: bool | Literal["auto"] | None = None,
     device: str = "auto",
     progress: Progress | None = None,
 ) -> Validation:
@@ -214,6 +215,7 @@ def validate(
     What is not given is what the recipe beside the weights says. `against` is needed for other tools' checkpoints.
     tasks  of lm-eval, by name, or as a recipe has them: {"names": [...], "limit": 100}
     gates  as a recipe has them, in the place of the recipe's: {"kl": 0.05, "top1_agreement": {"limit": 0.9, ...}}
+    side_by_side  False: original and folder one after the other; "auto": where they do not fit together
     Raises InputError when the folder or its original is missing or cannot be loaded, GateError when the folder's model
     computes NaN or Inf.
     """
@@ -235,6 +237,10 @@ def validate(
     settings = settings.model_copy(update={"perplexity": texts})
     if tasks is not None:
         settings = settings.model_copy(update={"tasks": _tasks(tasks)})
+    if side_by_side is not None:
+        if side_by_side not in (True, False, "auto"):
+            raise InputError(f"side_by_side: expected True, False or 'auto'; got {side_by_side!r}")
+        settings = settings.model_copy(update={"side_by_side": side_by_side})
     source = hub.resolve(str(against) if against is not None else recipe.model if recipe else "")
     expected = (summary.get("source") or {}).get("fingerprint")
     if expected is not None and source.fingerprint() != expected:

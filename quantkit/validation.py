@@ -4,36 +4,44 @@ windows      perplexity, KL divergence and top-1 agreement on held-out text; mor
 tasks        lm-eval's own harness on both models, item by item
 generation   flips of the next token on what the original writes
 gates        each figure against its limit, with its uncertainty; see quantkit_eval/gate.py
+
+Both models are in memory at once where they fit; else the original answers everything first, what is needed of its
+logits waits on disk (quantkit_eval/kept_logits.py), and the output answers the same after it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import functools
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from quantkit import calibration, hub, integrity
 from quantkit import plan as planning
+from quantkit.errors import MissingError
 from quantkit.loading import load, loadable
 from quantkit.progress import Progress
 from quantkit.recipe.calibration import TextSource
 from quantkit.recipe.gates import Limit
-from quantkit.recipe.validation import Tasks
 from quantkit.recipe.validation import Validation as Settings
 from quantkit_eval import gate, harness
-from quantkit_eval.compare import Comparison, Tokens, measure, summary
-from quantkit_eval.flips import Flips, flips
+from quantkit_eval.compare import Comparison, Tokens, measure, summary, working_bytes
+from quantkit_eval.flips import Flips, Written, flips_on, written
 from quantkit_eval.generate import continuation
 from quantkit_eval.intervals import Interval
+from quantkit_eval.kept_logits import Bounds, KeptLogits, Spread
 from quantkit_eval.results_cache import ResultsCache, model_identity
 from quantkit_eval.task_comparison import TaskComparison, compare_tasks, recoveries
 from quantkit_eval.task_list import Tasks as LoadedTasks
 from quantkit_eval.task_list import load as load_tasks
 from quantkit_eval.task_list import resolve
 from quantkit_eval.task_results import TaskResults
+from quantkit_eval.two_models import SHARE, TwoModels, free_memory, model_bytes
 from quantkit_eval.windows import heldout_windows
 
 VALIDATED, FAILED, UNVALIDATED = "validated", "failed", "unvalidated"
@@ -46,7 +54,8 @@ MORE = 4  # times the windows asked for, where validate.perplexity.most says not
 class Validation:
     """An output measured against its original. `status`: "validated" when no gate stands in the way, else "failed".
 
-    notes  what was measured in the output's stead, and what of its quantization was not; empty when it was loaded
+    notes      what was measured in the output's stead, and what of its quantization was not; empty when it was loaded
+    kl_bounds  how sure the KL divergence is where the models were measured one after the other; None side by side
     """
 
     comparison: Comparison
@@ -57,6 +66,7 @@ class Validation:
     flips: Flips | None = None
     tasks: tuple[TaskComparison, ...] = ()
     task_arguments: dict[str, Any] | None = None
+    kl_bounds: Bounds | None = None
 
     @property
     def status(self) -> str:
@@ -68,6 +78,8 @@ class Validation:
             "status": self.status,
             "message": self.message,
             "comparison": self.comparison.to_dict(),
+            "side_by_side": self.kl_bounds is None,
+            "kl_bounds": None if self.kl_bounds is None else self.kl_bounds.to_dict(),
             "flips": None if self.flips is None else self.flips.to_dict(),
             "tasks": {task.name: task.to_dict() for task in self.tasks},
             "task_arguments": self.task_arguments,
@@ -77,15 +89,53 @@ class Validation:
         }
 
 
-@dataclass(frozen=True)
-class _Pair:
-    """Both models, loaded, with the original's tokenizer."""
+@dataclass
+class _Run:
+    """Both models, with the original's tokenizer, and what was measured so far.
 
-    original: Any
-    quantized: Any
+    What the original answers is asked once: the output may take its place in memory afterwards.
+    kept    of the original's logits, where the models are loaded one after the other; None side by side
+    spread  how sure the KL divergence of each position is, then
+    """
+
+    models: TwoModels
     tokenizer: Any
-    notes: tuple[str, ...]
+    settings: Settings
+    source: hub.Source
+    loaded: LoadedTasks | None
+    windows_WL: torch.Tensor
     progress: Progress
+    kept: KeptLogits | None = None
+    spread: Spread | None = None
+
+    @property
+    def bounds(self) -> Bounds | None:
+        return self.spread.bounds(self.kept.kept, self.kept.draws) if self.spread and self.kept else None
+
+    @functools.cached_property
+    def written(self) -> Written | None:
+        """What the original goes on to; None where the recipe leaves it out."""
+        wanted = self.settings.generation
+        if not wanted.prompts:
+            return None
+        prompts = self.windows_WL[: wanted.prompts, :PROMPT_TOKENS]
+        self.progress.say(
+            f"validation: the original goes on from {len(prompts)} prompts for {wanted.tokens} tokens each"
+        )
+        return written(self.models.original, prompts, wanted.tokens)
+
+    @functools.cached_property
+    def original_tasks(self) -> TaskResults | None:
+        """The original's results, kept for the next recipe; None without tasks."""
+        if self.settings.tasks is None:
+            return None
+        cache = ResultsCache(warn=self.progress.warn) if self.settings.tasks.cache else None
+        return _run_tasks(self, "original", cache=cache, identity=model_identity(self.source) if cache else None)
+
+    @functools.cached_property
+    def original_sample(self) -> str:
+        """How the original goes on after the recipe's prompt."""
+        return _sample(self, self.models.original)
 
 
 def validate(
@@ -110,28 +160,68 @@ def validate(
     texts = _texts(settings, tokenizer)
     windows = _windows(settings, texts, tokenizer, progress)
     loaded = None if settings.tasks is None else load_tasks(resolve(settings.tasks.names, settings.tasks.folder))
-    dtype = torch.float32 if device.type == "cpu" else "auto"
-    original = load(source.folder, dtype=dtype, trust_remote_code=trust_remote_code).to(device)
-    with loadable(folder, progress, trust=trust_remote_code) as (place, notes):
-        quantized = load(place, dtype=dtype, trust_remote_code=trust_remote_code).to(device)
-    pair = _Pair(original, quantized, tokenizer, notes, progress)
-    tokens = _measured(pair, windows)
-    if _undecided(tokens, limits):
-        tokens = _with_more(pair, tokens, limits, _most(settings, texts, tokenizer))
-    comparison = summary(tokens)
-    measured: dict[str, Interval] = gate.figures(comparison)
-    flipped = _flips(pair, settings, windows)
-    if flipped is not None:
-        measured["flips"] = flipped.rate
-    tasks: list[TaskComparison] = []
-    arguments: dict[str, Any] | None = None
-    if settings.tasks is not None and loaded is not None:
-        tasks, arguments = _tasks(pair, settings.tasks, loaded, source)
+    with loadable(folder, progress, trust=trust_remote_code) as (place, notes), contextlib.ExitStack() as stack:
+        models = TwoModels(
+            functools.partial(_load, source.folder, device, trust_remote_code),
+            functools.partial(_load, place, device, trust_remote_code),
+            side_by_side=_side_by_side(settings, source.folder, place, device, len(tokenizer), progress),
+        )
+        kept = None if models.side_by_side else stack.enter_context(_kept(folder))
+        run = _Run(models, tokenizer, settings, source, loaded, windows, progress, kept)
+        tokens = _measured(run, windows)
+        if _undecided(tokens, limits):
+            tokens = _with_more(run, tokens, limits, _most(settings, texts, tokenizer))
+        comparison = summary(tokens)
+        measured: dict[str, Interval] = gate.figures(comparison)
+        flipped = None if run.written is None else flips_on(run.written, models.quantized)
+        if flipped is not None:
+            measured["flips"] = flipped.rate
+        tasks, arguments = _tasks(run)
         measured |= recoveries(tasks)
+        samples = _samples(run)
+    if run.bounds is not None:
+        progress.say(f"validation: {run.bounds}")
     results = gate.check(measured, limits)
-    samples = _samples(pair, settings.prompt)
     message = gate.failure_message(results, gate.worst_layers(layers))
-    return Validation(comparison, results, samples, message, notes, flipped, tuple(tasks), arguments)
+    return Validation(comparison, results, samples, message, notes, flipped, tuple(tasks), arguments, run.bounds)
+
+
+# Memory --------------------------------------------------------------------------------------------------------------
+
+
+def _load(folder: Path, device: torch.device, trust: bool) -> Any:
+    dtype = torch.float32 if device.type == "cpu" else "auto"
+    return load(folder, dtype=dtype, trust_remote_code=trust).to(device)
+
+
+def _side_by_side(
+    settings: Settings, original: Path, quantized: Path, device: torch.device, vocabulary: int, progress: Progress
+) -> bool:
+    """What the recipe says, or what the memory that is free decides. Said where it is one after the other."""
+    why = "validate.side_by_side is false"
+    if settings.side_by_side == "auto":
+        needed = sum(model_bytes(place, device) for place in (original, quantized))
+        needed += working_bytes(settings.perplexity.length, vocabulary)
+        free = free_memory(device)
+        if free is None or needed <= SHARE * free:
+            return True
+        why = f"together they take {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free on {device}"
+    elif settings.side_by_side:
+        return True
+    progress.say(f"validation: original and output one after the other ({why})")
+    return False
+
+
+@contextlib.contextmanager
+def _kept(folder: Path) -> Iterator[KeptLogits]:
+    """A new folder beside the output, for as long as this lasts: nothing of another run is ever found in it."""
+    parent = folder.resolve().parent
+    try:
+        place = tempfile.TemporaryDirectory(prefix=f".{folder.name}.logits-", dir=parent)
+    except OSError as e:
+        raise MissingError(f"{parent}: the original's logits cannot be kept here ({e.strerror})") from None
+    with place as name:
+        yield KeptLogits(Path(name))
 
 
 # Windows -------------------------------------------------------------------------------------------------------------
@@ -156,17 +246,27 @@ def _most(settings: Settings, texts: list[str], tokenizer: Any) -> torch.Tensor:
     return heldout_windows(texts, tokenizer, length=wanted.length, count=count, warn=lambda _: None)
 
 
-def _measured(pair: _Pair, windows_WL: torch.Tensor) -> Tokens:
-    pair.progress.begin(len(windows_WL), "window")
+def _measured(run: _Run, windows_WL: torch.Tensor) -> Tokens:
+    if run.kept is None:
+        with _told(run.progress, len(windows_WL), "compared") as on_progress:
+            return measure(run.models.original, run.models.quantized, windows_WL, on_progress=on_progress)
+    with _told(run.progress, len(windows_WL), "kept") as on_progress:
+        run.kept.add(run.models.original, windows_WL, on_progress=on_progress)
+    # All that is asked of the original, before its memory goes to the output.
+    _ = run.written, run.original_tasks, run.original_sample
+    with _told(run.progress, len(windows_WL), "compared") as on_progress:
+        tokens, spread = run.kept.measure(run.models.quantized, on_progress=on_progress)
+    run.spread = spread if run.spread is None else run.spread.plus(spread)
+    return tokens
+
+
+@contextlib.contextmanager
+def _told(progress: Progress, windows: int, what: str) -> Iterator[Callable[[int, int], None]]:
+    progress.begin(windows, "window")
     try:
-        return measure(
-            pair.original,
-            pair.quantized,
-            windows_WL,
-            on_progress=lambda done, _: pair.progress.item(done, "compared"),
-        )
+        yield lambda done, _: progress.item(done, what)
     finally:
-        pair.progress.end()
+        progress.end()
 
 
 def _undecided(tokens: Tokens, limits: Mapping[str, Limit]) -> list[gate.GateResult]:
@@ -176,7 +276,7 @@ def _undecided(tokens: Tokens, limits: Mapping[str, Limit]) -> list[gate.GateRes
     return [r for r in results if r.outcome == "inconclusive" and r.level == "fail"]
 
 
-def _with_more(pair: _Pair, tokens: Tokens, limits: Mapping[str, Limit], most_WL: torch.Tensor) -> Tokens:
+def _with_more(run: _Run, tokens: Tokens, limits: Mapping[str, Limit], most_WL: torch.Tensor) -> Tokens:
     """The sample with more windows, until every gate is decided or there are no more."""
     while (undecided := _undecided(tokens, limits)) and len(tokens.kl_WL) < len(most_WL):
         have = len(tokens.kl_WL)
@@ -184,62 +284,55 @@ def _with_more(pair: _Pair, tokens: Tokens, limits: Mapping[str, Limit], most_WL
         wanted = max(min(r.needed or 0 for r in undecided) * 11 // 10, have + 8)
         upto = min(wanted, len(most_WL))
         names = ", ".join(r.name for r in undecided)
-        pair.progress.say(f"validation: {have} windows do not decide {names}; going on to {upto}")
-        tokens = tokens.plus(_measured(pair, most_WL[have:upto]))
+        run.progress.say(f"validation: {have} windows do not decide {names}; going on to {upto}")
+        tokens = tokens.plus(_measured(run, most_WL[have:upto]))
     return tokens
 
 
 # Tasks ---------------------------------------------------------------------------------------------------------------
 
 
-def _tasks(
-    pair: _Pair, wanted: Tasks, loaded: LoadedTasks, source: hub.Source
-) -> tuple[list[TaskComparison], dict[str, Any]]:
-    """lm-eval on both models; the original's results are kept for the next recipe. Returns its arguments too."""
-    cache = ResultsCache(warn=pair.progress.warn) if wanted.cache else None
-
-    def run(model: Any, which: str, **kept: Any) -> TaskResults:
-        names = ", ".join(task.name for task in loaded.tasks)
-        pair.progress.say(f"validation: {names} on the {which} model")
-        return harness.run(
-            model,
-            pair.tokenizer,
-            loaded,
-            limit=wanted.limit,
-            num_fewshot=wanted.num_fewshot,
-            batch_size=wanted.batch_size,
-            apply_chat_template=wanted.chat_template,
-            add_bos_token=wanted.add_bos_token,
-            max_length=wanted.max_length,
-            **kept,
-        )
-
-    original = run(pair.original, "original", cache=cache, identity=model_identity(source) if cache else None)
-    quantized = run(pair.quantized, "quantized")
+def _tasks(run: _Run) -> tuple[list[TaskComparison], dict[str, Any] | None]:
+    """lm-eval on both models, and its arguments."""
+    original = run.original_tasks
+    if original is None:
+        return [], None
+    quantized = _run_tasks(run, "quantized")
     for task in (*original.tasks, *quantized.tasks):
         for warning in task.warnings:
-            pair.progress.warn(f"{task.name}: {warning}")
+            run.progress.warn(f"{task.name}: {warning}")
     return compare_tasks(original, quantized), quantized.to_dict(by_item=False)["arguments"]
+
+
+def _run_tasks(run: _Run, which: Literal["original", "quantized"], **kept: Any) -> TaskResults:
+    wanted = run.settings.tasks
+    assert wanted is not None and run.loaded is not None
+    names = ", ".join(task.name for task in run.loaded.tasks)
+    run.progress.say(f"validation: {names} on the {which} model")
+    return harness.run(
+        run.models.original if which == "original" else run.models.quantized,
+        run.tokenizer,
+        run.loaded,
+        limit=wanted.limit,
+        num_fewshot=wanted.num_fewshot,
+        batch_size=wanted.batch_size,
+        apply_chat_template=wanted.chat_template,
+        add_bos_token=wanted.add_bos_token,
+        max_length=wanted.max_length,
+        **kept,
+    )
 
 
 # Text ----------------------------------------------------------------------------------------------------------------
 
 
-def _flips(pair: _Pair, settings: Settings, windows_WL: torch.Tensor) -> Flips | None:
-    wanted = settings.generation
-    if not wanted.prompts:
-        return None
-    length = min(PROMPT_TOKENS, windows_WL.shape[1])
-    prompts = windows_WL[: wanted.prompts, :length]
-    pair.progress.say(f"validation: the original goes on from {len(prompts)} prompts for {wanted.tokens} tokens each")
-    return flips(pair.original, pair.quantized, prompts, wanted.tokens)
-
-
-def _samples(pair: _Pair, prompt: str | None) -> dict[str, str]:
+def _samples(run: _Run) -> dict[str, str]:
+    prompt = run.settings.prompt
     if not prompt:
         return {}
-    return {
-        "prompt": prompt,
-        "original": continuation(pair.original, pair.tokenizer, prompt, SAMPLE_TOKENS),
-        "quantized": continuation(pair.quantized, pair.tokenizer, prompt, SAMPLE_TOKENS),
-    }
+    return {"prompt": prompt, "original": run.original_sample, "quantized": _sample(run, run.models.quantized)}
+
+
+def _sample(run: _Run, model: Any) -> str:
+    prompt = run.settings.prompt
+    return continuation(model, run.tokenizer, prompt, SAMPLE_TOKENS) if prompt else ""

@@ -177,6 +177,11 @@ def _batch_size(length: int, vocabulary: int) -> int:
     return max(1, min(4, LOGITS_BYTES // (length * vocabulary * 4)))
 
 
+def working_bytes(length: int, vocabulary: int) -> int:
+    """What comparing takes beside the models: both batches of logits, and the rows that are judged."""
+    return 2 * _batch_size(length, vocabulary) * length * vocabulary * 4 + 5 * CHUNK_BYTES
+
+
 def _batches(windows_WL: torch.Tensor, size: int) -> Iterator[tuple[int, torch.Tensor]]:
     for start in range(0, len(windows_WL), size):
         yield start, windows_WL[start : start + size]

@@ -32,6 +32,15 @@ class Flips:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class Written:
+    """What the original went on to: int64 (P, T), the first `prompt` tokens given; floor: as in Flips."""
+
+    text_PT: torch.Tensor
+    prompt: int
+    floor: float
+
+
 def generated(model: Any, prompts_PL: torch.Tensor, new_tokens: int, *, batch_size: int = 16) -> torch.Tensor:
     """int64 (P, L + new_tokens): what a model writes greedily after each prompt. It does not stop at EOS."""
     device = model.get_input_embeddings().weight.device
@@ -69,7 +78,12 @@ def flipped(model: Any, text_PT: torch.Tensor, prompt: int, *, batch_size: int =
 
 
 def flips(original: Any, quantized: Any, prompts_PL: torch.Tensor, new_tokens: int) -> Flips:
-    """Flips of `quantized` on what `original` writes. prompts_PL: int64 (P, L), without padding.
+    """Flips of `quantized` on what `original` writes. prompts_PL: int64 (P, L), unpadded; raises as `written`."""
+    return flips_on(written(original, prompts_PL, new_tokens), quantized)
+
+
+def written(original: Any, prompts_PL: torch.Tensor, new_tokens: int) -> Written:
+    """The half of `flips` that the original does.
 
     Raises InputError when prompts and what is generated do not fit the model's positions.
     """
@@ -81,5 +95,11 @@ def flips(original: Any, quantized: Any, prompts_PL: torch.Tensor, new_tokens: i
             f"model's {positions} positions; lower validate.generation.tokens"
         )
     text = generated(original, prompts_PL, new_tokens)
-    rate = mean_interval(flipped(quantized, text, length).double().mean(1).tolist())
-    return Flips(rate, flipped(original, text, length).double().mean().item(), len(prompts_PL), new_tokens)
+    return Written(text, length, flipped(original, text, length).double().mean().item())
+
+
+def flips_on(found: Written, quantized: Any) -> Flips:
+    """The half of `flips` that the quantized model does."""
+    prompts, length = found.text_PT.shape
+    rate = mean_interval(flipped(quantized, found.text_PT, found.prompt).double().mean(1).tolist())
+    return Flips(rate, found.floor, prompts, length - found.prompt)

@@ -8,9 +8,9 @@ Of each position, p the original's next-token distribution, q the quantized one'
               which by the data-processing inequality is never above that of the whole
     at most   for r = p/m on the rest and any b > 0, KL(r || q^-b/Z) >= 0 gives
               -sum r log q <= (sum r log r + log sum_rest q^-b) / b; the least over some b
-    figure    "at least" plus m KL(r || s), s = q/Q on the rest, from the draws: the mean of s/r - 1 - log(s/r), which is
-              unbiased and never negative (http://joschu.net/blog/kl-approx.html). Its error is one more part of the
-              spread over windows, so that intervals and gates hold as they are
+    figure    "at least" plus m KL(r || s), s = q/Q on the rest, from the draws: the mean of s/r - 1 - log(s/r), which
+              is unbiased and never negative (http://joschu.net/blog/kl-approx.html). Its error is one more part of
+              the spread over windows, so that intervals and gates hold as they are
 
 Perplexity and top-1 agreement lose nothing. Each file is deleted when it has been read; nothing is ever resumed.
 """
@@ -59,6 +59,13 @@ class Bounds:
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
+    def __str__(self) -> str:
+        return (
+            f"KL divergence between {self.at_least:.5g} and {self.at_most:.5g} for certain, from the {self.kept} "
+            f"likeliest tokens and the rest's mass ({self.mass:.2g}); the figure has {self.drawn:.2g} ± "
+            f"{self.error:.1g} of {self.draws} draws of the rest"
+        )
+
 
 @dataclass(frozen=True)
 class Spread:
@@ -77,8 +84,8 @@ class Spread:
     def bounds(self, kept: int = KEPT, draws: int = DRAWS) -> Bounds:
         """Of all positions together."""
         error = math.sqrt(self.variance_WL.sum().item()) / self.variance_WL.numel()
-        figures = (x.mean().item() for x in (self.low_WL, self.high_WL, self.drawn_WL))
-        return Bounds(*figures, error, self.mass_WL.mean().item(), kept, draws)
+        low, high, drawn, mass = (x.mean().item() for x in (self.low_WL, self.high_WL, self.drawn_WL, self.mass_WL))
+        return Bounds(low, high, drawn, error, mass, kept, draws)
 
 
 @dataclass
@@ -182,9 +189,7 @@ def _check_room(folder: Path, size: int) -> None:
         )
 
 
-def _against(
-    kept: dict[str, torch.Tensor], logits_q: torch.Tensor, ids_BL: torch.Tensor
-) -> tuple[Tokens, Spread]:
+def _against(kept: dict[str, torch.Tensor], logits_q: torch.Tensor, ids_BL: torch.Tensor) -> tuple[Tokens, Spread]:
     """Of a batch's logits (B, L, V) and what was kept of the original on it, row by row."""
     chunks, targets = compare._row_chunks(logits_q, ids_BL.roll(-1, 1))
     rows = [len(x) for x in chunks]

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from quantkit.checkpoint import DTYPES, Checkpoint, nbytes
+from quantkit.checkpoint import DTYPES, OTHER_WEIGHTS, Checkpoint, nbytes
+from quantkit.errors import InputError
 
 SHARE = 0.9  # of the memory that is free
 CGROUP = Path("/sys/fs/cgroup")
@@ -47,9 +48,16 @@ class TwoModels:
 
 
 def model_bytes(folder: Path, device: torch.device) -> int:
-    """What a checkpoint takes when it is loaded, by its headers: on a CPU, floats become float32."""
+    """What a checkpoint takes when it is loaded, by its headers: on a CPU, floats become float32.
+
+    A format that its loader unpacks takes more. Files that are not safetensors count as they lie on disk.
+    """
     total = 0
-    for spec in Checkpoint.open(folder).specs.values():
+    try:
+        specs = Checkpoint.open(folder).specs
+    except InputError:  # whether it can be loaded is the loader's to say
+        return sum(file.stat().st_size for file in folder.iterdir() if file.suffix in OTHER_WEIGHTS)
+    for spec in specs.values():
         dtype, size = DTYPES[spec.dtype], nbytes(spec)
         widened = device.type == "cpu" and dtype.is_floating_point and dtype.itemsize == 2
         total += 2 * size if widened else size
@@ -63,12 +71,6 @@ def free_memory(device: torch.device) -> int | None:
         return int(torch.cuda.mem_get_info(device)[0]) + unused
     found = [x for x in (_available(), _of_control_group()) if x is not None]
     return min(found, default=None)
-
-
-def fits(needed: int, device: torch.device) -> bool:
-    """Whether so many bytes are free; where the system does not say, yes."""
-    free = free_memory(device)
-    return free is None or needed <= SHARE * free
 
 
 def _available() -> int | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_serializer, model_validator
 
@@ -96,7 +96,10 @@ class Validation(Part):
     )
     prompt: str | None = Field(default=None, description="Both models continue this text, to be shown side by side.")
     gates: Gates = Field(default=Gates(), description="Without any, wide ones by the scheme; {} for none.")
-
+    side_by_side: bool | Literal["auto"] = Field(
+        default="auto",
+        description="Both models in memory at once; false: one after the other; auto: that where they do not fit.",
+    )
     repair: Annotated[Repair | None, BeforeValidator(_switch)] = Field(
         default=None,
         description="true, or {size, scheme}: where gates fail, more bits for the worst layers until they pass.",
