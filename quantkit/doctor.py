@@ -19,6 +19,7 @@ REQUIRED = {
     "safetensors": "0.6",
     "datasets": "5.0",
     "huggingface-hub": "1.5",
+    "jinja2": "3.1",
     "numpy": "2.0",
     "pydantic": "2.10",
     "typer": "0.16",

@@ -94,6 +94,11 @@ def test_the_choice_is_that_of_exhaustive_search(groups: list[list[Option]], sha
     assert knapsack.solve(groups, capacity) == chosen
 
 
+def test_a_cost_so_small_that_its_price_is_zero() -> None:
+    groups = [[Option(0, 0.0)], [Option(0, 5e-324), Option(2, 0.0)]]
+    assert knapsack.solve(groups, 0) == [0, 0] and knapsack.solve(groups, 2) == [0, 1]
+
+
 def by_table(groups: list[list[Option]], capacity: int) -> float:
     """The least cost by the textbook's table, one entry a unit of size."""
     table = [0.0] + [float("inf")] * capacity

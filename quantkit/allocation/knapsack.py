@@ -140,6 +140,9 @@ def _filled(groups: Sequence[Sequence[Option]], capacity: int, price: float) -> 
     """A choice that fits: the cheapest options at `price`, then the best that the rest of the budget buys, in turn."""
     choice = [_cheapest(options, price) for options in groups]
     left = capacity - sum(options[c].size for options, c in zip(groups, choice, strict=True))
+    if left < 0:  # the price that would have made them fit is below the smallest float
+        choice = [min(range(len(options)), key=lambda c: (options[c].size, options[c].cost)) for options in groups]
+        left = capacity - sum(options[c].size for options, c in zip(groups, choice, strict=True))
     for i, options in enumerate(groups):
         now = options[choice[i]].size
         affordable = [c for c in range(len(options)) if options[c].size - now <= left]
