@@ -199,12 +199,12 @@ def test_imports_go_one_way() -> None:
         ("quantkit.pipeline", "from . import api", "line 1: imports quantkit.api"),
         ("quantkit.runtime.linear", "from ..api import load", "line 1: imports quantkit.api"),
         ("quantkit.runtime", "from .linear import x\nfrom ..cli import main", "line 2: imports quantkit.cli"),
-        ("quantkit_kernels.wna16", "import numpy", "line 1: imports numpy; kernels import only"),
-        ("quantkit_kernels.wna16", "from quantkit import types", "line 1: imports quantkit.types; kernels"),
+        ("quantkit_kernels.wxa16", "import numpy", "line 1: imports numpy; kernels import only"),
+        ("quantkit_kernels.wxa16", "from quantkit import types", "line 1: imports quantkit.types; kernels"),
         ("quantkit.novel", "", "has no place in LAYERS"),
         ("quantkit.cli", "import torch\nfrom quantkit import __version__, api", None),
         ("quantkit_eval.compare", "from quantkit.runtime import linear", None),
-        ("quantkit_kernels.wna16", "import math, torch, triton.language\nfrom . import bits", None),
+        ("quantkit_kernels.wxa16", "import math, torch, triton.language\nfrom . import bits", None),
     ],
 )
 def test_the_rule_itself(module: str, source: str, problem: str | None) -> None:
