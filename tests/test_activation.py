@@ -8,15 +8,14 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
 import torch.nn.functional as F
+from poison import poisoned
 from triton_tools import CAPABILITIES, SHARED, compile_kernel, interpreted, resources, sass
 
 from quantkit.numerics._activations import fake_quantize
@@ -233,19 +232,6 @@ def test_a_machine_without_triton_imports_the_module() -> None:
 def kernels() -> Iterator[Any]:
     with interpreted("_activation") as modules:
         yield modules["_activation"]
-
-
-@contextmanager
-def poisoned() -> Iterator[None]:
-    """New memory holds NaN, or a code that is not zero."""
-    real = torch.empty
-
-    def empty(*args: Any, **kwargs: Any) -> torch.Tensor:
-        made = real(*args, **kwargs)
-        return made.fill_(float("nan")) if made.is_floating_point() else made.fill_(-77)
-
-    with mock.patch.object(torch, "empty", empty):
-        yield
 
 
 SHAPES = [(1, 16), (3, 200), (37, 130), (2, 1100)]

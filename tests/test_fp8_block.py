@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
+from poison import poisoned
 from triton_tools import SHARED, compile_kernel, interpreted, resources, sass
 
 from quantkit import numerics
@@ -49,14 +48,6 @@ def error(y: torch.Tensor, wanted: torch.Tensor) -> float:
         return float("inf")
     y, wanted = y.double(), wanted.double()
     return float(((y - wanted).norm(dim=-1) / wanted.norm(dim=-1)).max())
-
-
-@contextmanager
-def poisoned() -> Iterator[None]:
-    """New memory holds NaN."""
-    real = torch.empty
-    with mock.patch.object(torch, "empty", lambda *a, **kw: real(*a, **kw).fill_(float("nan"))):
-        yield
 
 
 # What it means, and the operator -------------------------------------------------------------------------------------

@@ -15,11 +15,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
 from packed_weights import CASES, exact, packed, weight
+from poison import poisoned
 from test_wxa16_machine import code_of, opcodes
 from test_wxa16_machine import constants as dense_constants
 from triton_tools import CAPABILITIES, SHARED, compile_kernel, interpreted, resources
@@ -293,19 +293,6 @@ MODULES = ("layout", "choice", "wxa16", "_unpack", "_wxa16", "_w8a8_choice", "_w
 def modules() -> Iterator[dict[str, Any]]:
     with interpreted(*MODULES) as found:
         yield found
-
-
-@contextmanager
-def poisoned() -> Iterator[None]:
-    """New memory holds NaN, or numbers that no sum would be."""
-    real = torch.empty
-
-    def empty(*args: Any, **kwargs: Any) -> torch.Tensor:
-        made = real(*args, **kwargs)
-        return made.fill_(float("nan")) if made.is_floating_point() else made.fill_(-77)
-
-    with mock.patch.object(torch, "empty", empty):
-        yield
 
 
 def run(modules: dict[str, Any], how: dict[str, Any], x: torch.Tensor, offsets: torch.Tensor, p: Any, **kw: Any) -> Any:

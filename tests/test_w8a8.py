@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
+from poison import poisoned
 from triton_tools import CAPABILITIES, SHARED, compile_kernel, interpreted, resources, sass
 
 from quantkit import numerics
@@ -66,19 +66,6 @@ def error(y: torch.Tensor, wanted: torch.Tensor) -> float:
         return float("inf")
     y, wanted = y.double().reshape(-1, y.shape[-1]), wanted.double().reshape(-1, y.shape[-1])
     return float(((y - wanted).norm(dim=1) / wanted.norm(dim=1)).max())
-
-
-@contextmanager
-def poisoned() -> Iterator[None]:
-    """New memory holds NaN, or numbers that no sum would be."""
-    real = torch.empty
-
-    def empty(*args: Any, **kwargs: Any) -> torch.Tensor:
-        made = real(*args, **kwargs)
-        return made.fill_(float("nan")) if made.is_floating_point() else made.fill_(-77)
-
-    with mock.patch.object(torch, "empty", empty):
-        yield
 
 
 # What it means -------------------------------------------------------------------------------------------------------

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
+from poison import poisoned
 
 from quantkit_kernels import activation as act
 
@@ -52,19 +50,6 @@ def same(a: torch.Tensor, b: torch.Tensor) -> bool:
 def agree(found: Any, wanted: Any) -> bool:
     found, wanted = (t if isinstance(t, tuple) else (t,) for t in (found, wanted))
     return len(found) == len(wanted) and all(map(same, found, wanted))
-
-
-@contextmanager
-def poisoned() -> Iterator[None]:
-    """New memory holds NaN, or a code that is not zero."""
-    real = torch.empty
-
-    def empty(*args: Any, **kwargs: Any) -> torch.Tensor:
-        made = real(*args, **kwargs)
-        return made.fill_(float("nan")) if made.is_floating_point() else made.fill_(-77)
-
-    with mock.patch.object(torch, "empty", empty):
-        yield
 
 
 @pytest.mark.parametrize("hardware", [True, False])

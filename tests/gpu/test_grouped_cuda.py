@@ -6,14 +6,13 @@ What is compared with: `layout.decode` in float64 from the packed tensors, exper
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
 from packed_weights import CASES, packed
+from poison import poisoned
 
 from quantkit_kernels import choice as choices
 from quantkit_kernels import grouped, layout, wxa16
@@ -207,19 +206,6 @@ def eights(kind: torch.dtype, rows: list[int], rest: int, n: int, k: int) -> dic
         "bias": torch.randn(experts, n, generator=g, device="cuda") * 100,
         "out_dtype": torch.float32,
     }
-
-
-@contextmanager
-def poisoned() -> Iterator[None]:
-    """New memory holds NaN, or numbers that no sum would be."""
-    real = torch.empty
-
-    def empty(*args: Any, **kwargs: Any) -> torch.Tensor:
-        made = real(*args, **kwargs)
-        return made.fill_(float("nan")) if made.is_floating_point() else made.fill_(-77)
-
-    with mock.patch.object(torch, "empty", empty):
-        yield
 
 
 EIGHT = {

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
+from poison import poisoned
 
 from quantkit_kernels import activation
 from quantkit_kernels._w8a8_choice import Config
@@ -68,19 +66,6 @@ def error(y: torch.Tensor, wanted: torch.Tensor) -> float:
         return float("inf")
     y, wanted = y.double(), wanted.double()
     return float(((y - wanted).norm(dim=-1) / wanted.norm(dim=-1)).max())
-
-
-@contextmanager
-def poisoned() -> Iterator[None]:
-    """New memory holds NaN, or numbers that no sum would be."""
-    real = torch.empty
-
-    def empty(*args: Any, **kwargs: Any) -> torch.Tensor:
-        made = real(*args, **kwargs)
-        return made.fill_(float("nan")) if made.is_floating_point() else made.fill_(-77)
-
-    with mock.patch.object(torch, "empty", empty):
-        yield
 
 
 @pytest.mark.parametrize(("n", "k"), SHAPES)

@@ -1,0 +1,23 @@
+"""Memory that a kernel must write: what it leaves out shows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+
+
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """What torch.empty gives holds NaN, or numbers that no code, scale or sum would be."""
+    real = torch.empty
+
+    def empty(*args: Any, **kwargs: Any) -> torch.Tensor:
+        made = real(*args, **kwargs)
+        return made.fill_(float("nan")) if made.is_floating_point() else made.fill_(-77)
+
+    with mock.patch.object(torch, "empty", empty):
+        yield
