@@ -228,19 +228,7 @@ def validate(
     if against is None and recipe is None:
         raise InputError(f"{folder}: holds no {output.RECIPE}, so name the original model with --against")
     settings = (recipe.validation if recipe is not None else None) or Settings()
-    texts = settings.perplexity
-    texts = Perplexity(
-        windows=windows or texts.windows,
-        length=length or texts.length,
-        **({"data": data} if data else texts.model_dump(include=set(TextSource.model_fields))),
-    )
-    settings = settings.model_copy(update={"perplexity": texts})
-    if tasks is not None:
-        settings = settings.model_copy(update={"tasks": _tasks(tasks)})
-    if side_by_side is not None:
-        if side_by_side not in (True, False, "auto"):
-            raise InputError(f"side_by_side: expected True, False or 'auto'; got {side_by_side!r}")
-        settings = settings.model_copy(update={"side_by_side": side_by_side})
+    settings = _changed(settings, data, windows, length, tasks, side_by_side)
     source = hub.resolve(str(against) if against is not None else recipe.model if recipe else "")
     expected = (summary.get("source") or {}).get("fingerprint")
     if expected is not None and source.fingerprint() != expected:
@@ -269,6 +257,31 @@ def validate(
         if ours and outcome:
             output.write_json(folder / output.SUMMARY, {**summary, "status": outcome["status"], "validation": outcome})
     return result
+
+
+def _changed(
+    settings: Settings,
+    data: str | None,
+    windows: int | None,
+    length: int | None,
+    tasks: Sequence[str] | Mapping[str, Any] | None,
+    side_by_side: bool | Literal["auto"] | None,
+) -> Settings:
+    """A recipe's settings with what `validate` was given instead."""
+    texts = settings.perplexity
+    texts = Perplexity(
+        windows=windows or texts.windows,
+        length=length or texts.length,
+        **({"data": data} if data else texts.model_dump(include=set(TextSource.model_fields))),
+    )
+    update: dict[str, Any] = {"perplexity": texts}
+    if tasks is not None:
+        update["tasks"] = _tasks(tasks)
+    if side_by_side is not None:
+        if side_by_side not in (True, False, "auto"):
+            raise InputError(f"side_by_side: expected True, False or 'auto'; got {side_by_side!r}")
+        update["side_by_side"] = side_by_side
+    return settings.model_copy(update=update)
 
 
 def _tasks(tasks: Sequence[str] | Mapping[str, Any]) -> Tasks:

@@ -130,7 +130,7 @@ def render(folder: Path, summary: Mapping[str, Any], base: Base, *, repo: str) -
         "recipe": yaml.safe_dump(summary["recipe"], sort_keys=False, allow_unicode=True).strip(),
         "calibration": _calibration(summary.get("data")),
         "accuracy": _accuracy(validation),
-        "measured_on": _measured_on(validation, recipe),
+        "measured_on": _measured_on(validation),
         "layers": _layers(summary.get("layers") or ()),
         "reproducible": ((summary.get("data") or {}).get("source") or {}).get("kind") != "python",
         "model": model if base.hub_id or model.startswith(hub.BUILTIN) else None,
@@ -152,7 +152,7 @@ def _front(summary: Mapping[str, Any], base: Base, recipe: Recipe, validation: M
     tags = ["quantkit", recipe.scheme.label, str(recipe.export.format)]
     if summary["status"] != "validated":
         tags.append(str(summary["status"]))
-    results = _results(validation, recipe)
+    results = _results(validation)
     related: dict[str, Any] = {"base_model": base.hub_id, "base_model_relation": "quantized"} if base.hub_id else {}
     return ModelCardData(
         **kept,
@@ -166,15 +166,14 @@ def _front(summary: Mapping[str, Any], base: Base, recipe: Recipe, validation: M
     )
 
 
-def _results(validation: Mapping[str, Any], recipe: Recipe) -> list[Any]:
+def _results(validation: Mapping[str, Any]) -> list[Any]:
     """model-index: what was measured of the output, on windows and by tasks."""
     from huggingface_hub import EvalResult
 
     found = []
     comparison = validation.get("comparison")
-    if comparison and recipe.validation is not None:
-        data = recipe.validation.perplexity.data
-        texts: dict[str, Any] = _of(data.removeprefix(hub.BUILTIN))
+    if comparison:
+        texts: dict[str, Any] = _of(_texts(validation).removeprefix(hub.BUILTIN))
         for key, name in (("perplexity", "perplexity"), ("kl", "KL divergence"), ("top1_agreement", "top-1 agreement")):
             found.append(EvalResult(**texts, metric_type=key, metric_name=name, metric_value=comparison[key]))
     for task in (validation.get("tasks") or {}).values():
@@ -295,11 +294,14 @@ def _limit(gate: Mapping[str, Any] | None) -> str:
     return f"{_SENSE.get(str(gate.get('sense')), '')} {gate['limit']:g}: {gate['outcome']}".strip()
 
 
-def _measured_on(validation: Mapping[str, Any], recipe: Recipe) -> str:
+def _measured_on(validation: Mapping[str, Any]) -> str:
     x = validation.get("comparison")
-    if not x or recipe.validation is None:
-        return ""
-    return f"{x['tokens']:,} tokens in {x['windows']} windows of {recipe.validation.perplexity.data}"
+    return f"{x['tokens']:,} tokens in {x['windows']} windows of {_texts(validation)}" if x else ""
+
+
+def _texts(validation: Mapping[str, Any]) -> str:
+    """What was measured on; quantkit.json did not always say so."""
+    return str(validation.get("data") or "unnamed texts")
 
 
 def _layers(layers: Sequence[Mapping[str, Any]]) -> list[list[str]]:

@@ -56,6 +56,7 @@ class Validation:
 
     notes      what was measured in the output's stead, and what of its quantization was not; empty when it was loaded
     kl_bounds  how sure the KL divergence is where the models were measured one after the other; None side by side
+    data       the texts that the windows are of
     """
 
     comparison: Comparison
@@ -67,6 +68,7 @@ class Validation:
     tasks: tuple[TaskComparison, ...] = ()
     task_arguments: dict[str, Any] | None = None
     kl_bounds: Bounds | None = None
+    data: str = ""
 
     @property
     def status(self) -> str:
@@ -77,6 +79,7 @@ class Validation:
         return {
             "status": self.status,
             "message": self.message,
+            "data": self.data,
             "comparison": self.comparison.to_dict(),
             "side_by_side": self.kl_bounds is None,
             "kl_bounds": None if self.kl_bounds is None else self.kl_bounds.to_dict(),
@@ -183,7 +186,8 @@ def validate(
         progress.say(f"validation: {run.bounds}")
     results = gate.check(measured, limits)
     message = gate.failure_message(results, gate.worst_layers(layers))
-    return Validation(comparison, results, samples, message, notes, flipped, tuple(tasks), arguments, run.bounds)
+    data = settings.perplexity.data
+    return Validation(comparison, results, samples, message, notes, flipped, tuple(tasks), arguments, run.bounds, data)
 
 
 # Memory --------------------------------------------------------------------------------------------------------------

@@ -50,6 +50,7 @@ SUMMARY: dict[str, Any] = {
     "validation": {
         "status": "validated",
         "message": "",
+        "data": "builtin:pydocs-heldout",
         "comparison": {
             "tokens": 20_480,
             "windows": 40,
@@ -128,6 +129,16 @@ def test_every_figure_is_the_runs(folder: Path, monkeypatch: pytest.MonkeyPatch)
     assert len(paths) > 35
     same = [path for path in paths if made(folder, changed(path)) == before]
     assert same == []
+
+
+def test_the_texts_are_those_that_were_measured_on(folder: Path) -> None:
+    """Not the recipe's: `validate --data` may have taken others."""
+    other = copy.deepcopy(SUMMARY)
+    other["validation"]["data"] = "org/texts"
+    text = made(folder, other)
+    assert "40 windows of org/texts" in text and "type: org/texts" in text and "pydocs-heldout" in made(folder)
+    del other["validation"]["data"]
+    assert "40 windows of unnamed texts" in made(folder, other)
 
 
 def test_front_matter(folder: Path) -> None:

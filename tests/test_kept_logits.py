@@ -234,6 +234,7 @@ def test_one_after_the_other_measures_the_same(out: Path, monkeypatch: pytest.Mo
 
     beside = json.loads((out / output.SUMMARY).read_text())["validation"]
     assert beside["side_by_side"] is True and beside["kl_bounds"] is None
+    assert beside["data"] == "builtin:pydocs-heldout"
     progress = Listening()
     monkeypatch.setattr(validation, "_load", alone)
     quantkit.validate(out, side_by_side=False, progress=progress)
