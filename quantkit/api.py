@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from pydantic import ValidationError
 
-from quantkit import allocation, calibration, hub, output, pipeline, repair, validation
+from quantkit import allocation, calibration, estimate, hub, output, pipeline, repair, validation
 from quantkit import plan as planning
 from quantkit.errors import GateError, InputError, MissingError
 from quantkit.loading import load
@@ -312,7 +312,7 @@ def pick_device(device: str) -> torch.device:
 
 def describe(recipe: Recipe) -> dict[str, Any]:
     """The plan of a recipe as plain values for a person; of `scheme: {auto: ...}`, what there is to choose from."""
-    return planning.describe(planning.make(recipe)) if recipe.scheme.auto is None else allocation.describe(recipe)
+    return estimate.describe(planning.make(recipe)) if recipe.scheme.auto is None else allocation.describe(recipe)
 
 
 def default_name(source: hub.Source, recipe: Recipe) -> str:

@@ -17,7 +17,7 @@ import pytest
 import typer
 from typer.testing import CliRunner, Result
 
-from quantkit import api, convert, doctor, inspection, report
+from quantkit import api, convert, doctor, estimate, inspection, report
 from quantkit import plan as planning
 from quantkit.cli import app, main
 from quantkit.errors import GateError, InputError, MissingError
@@ -267,7 +267,7 @@ SECTION = {
 
 def test_plan_and_inspect_render_plain_values(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(planning, "make", lambda recipe: recipe)
-    monkeypatch.setattr(planning, "describe", lambda plan: {**SECTION, "title": plan.model})
+    monkeypatch.setattr(estimate, "describe", lambda plan: {**SECTION, "title": plan.model})
     monkeypatch.setattr(inspection, "inspect", lambda path: {**SECTION, "title": path})
     for args in (["plan", QUICKSTART, "--model", "org/name"], ["inspect", "org/name"]):
         result = run(*args)
@@ -286,7 +286,7 @@ def test_the_real_functions_take_what_the_commands_pass() -> None:
     check(api.quantize, "recipe", out=None, overwrite=False, **common)
     check(api.validate, "out", against=None, data=None, windows=None, length=None, tasks=None, gates=None, **common)
     check(planning.make, "recipe")
-    check(planning.describe, "plan")
+    check(estimate.describe, "plan")
     check(inspection.inspect, "path")
     check(convert.convert, "dir", "gptq", "out", overwrite=False, shard_size="5GB", progress=None)
 

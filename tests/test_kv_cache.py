@@ -18,7 +18,7 @@ from transformers.quantizers.quantizer_compressed_tensors import CompressedTenso
 from transformers.utils.quantization_config import CompressedTensorsConfig
 
 import quantkit
-from quantkit import blocks, calibration, kv_cache, output, pipeline
+from quantkit import blocks, calibration, estimate, kv_cache, output, pipeline
 from quantkit import plan as planning
 from quantkit.checkpoint import Checkpoint
 from quantkit.errors import InputError
@@ -111,7 +111,7 @@ def test_the_library_reads_the_config_and_the_report_has_the_range(given: Any, t
     for leaf in ("k_scale", "v_scale"):
         values = torch.cat([t.flatten() for name, t in written.items() if name.endswith(leaf)])
         assert summary[leaf] == {"least": values.min().item(), "largest": values.max().item()}
-    facts = dict(planning.describe(plan)["facts"])
+    facts = dict(estimate.describe(plan)["facts"])
     assert "fp8_e4m3" in facts["KV cache"]
     assert written["model.layers.0.self_attn.k_scale"].dtype == torch.bfloat16
 

@@ -50,6 +50,7 @@ LAYERS = (
     ("quantkit.recipe",),
     (
         "quantkit.plan",
+        "quantkit.estimate",
         "quantkit.output",
         "quantkit.integrity",
         "quantkit.folding",

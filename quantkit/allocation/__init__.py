@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from quantkit import calibration, pipeline
+from quantkit import calibration, estimate, pipeline
 from quantkit import plan as planning
 from quantkit.allocation import knapsack, losses, sensitivity
 from quantkit.allocation.candidates import Outline, outline
@@ -182,12 +182,12 @@ def verdict(report: Mapping[str, Any], kl: float) -> str:
 
 
 def describe(recipe: Recipe) -> dict[str, Any]:
-    """The plan of a recipe with `scheme: {auto: ...}`, in the form of `plan.describe`: nothing is measured.
+    """The plan of a recipe with `scheme: {auto: ...}`, in the form of `estimate.describe`: nothing is measured.
 
     Raises InputError as `allocate` does, but for what only the calibration text shows.
     """
     found = outline(recipe)
-    base = planning.describe(found.plan)
+    base = estimate.describe(found.plan)
     names = found.names
     least = sum(min(size for size in group.sizes if size is not None) for group in found.groups)
     taken = sum(planning.nbytes(spec) for x in _linears(found) for spec in found.plan.tensors(x).values())
