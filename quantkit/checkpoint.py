@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -67,53 +67,101 @@ def bits_per_weight(parts: Mapping[str, TensorSpec], weights: int) -> float:
 
 
 @dataclass(frozen=True)
+class Shard:
+    """A file of tensors as it was when it was looked into: its size and time, and each tensor's first byte."""
+
+    stamp: tuple[int, int]
+    begins: dict[str, int]
+
+    @classmethod
+    def of(cls, file: Path) -> Shard:
+        """Reads the header, which safetensors' own reader checks first. Raises InputError as that does."""
+        with _open(file), file.open("rb") as shard:
+            stamp = _stamp(os.fstat(shard.fileno()))
+            length = int.from_bytes(shard.read(8), "little")
+            header = json.loads(shard.read(length))
+        begins = {name: 8 + length + x["data_offsets"][0] for name, x in header.items() if name != "__metadata__"}
+        return cls(stamp, begins)
+
+
+@dataclass(frozen=True)
 class Checkpoint:
-    """The weights of a model folder, unread. `where` maps a tensor's name to its shard."""
+    """The weights of a model folder, unread. `where` maps a tensor's name to its shard.
+
+    shards  what is known of the files that were looked into: filled as it goes
+    """
 
     folder: Path
     specs: dict[str, TensorSpec]
     where: dict[str, Path]
+    shards: dict[Path, Shard] = field(default_factory=dict)
 
     @classmethod
     def open(cls, folder: Path) -> Checkpoint:
         """Reads the headers of all shards. Raises InputError for what is missing, truncated or not safetensors."""
         files, index = _shards(folder)
-        specs: dict[str, TensorSpec] = {}
-        where: dict[str, Path] = {}
+        found = cls(folder, {}, {})
         for file in files:
+            found.shards[file] = Shard.of(file)
             for name, spec in _header(file).items():
                 if index is None or index.get(name) == file.name:
-                    specs[name], where[name] = spec, file
+                    found.specs[name], found.where[name] = spec, file
         for name, shard in (index or {}).items():
-            if name not in specs:
+            if name not in found.specs:
                 raise InputError(
                     f"{folder / INDEX}: names tensor {name!r} in {shard}, but that shard does not hold it; "
                     "the download is incomplete or the index belongs to another model"
                 )
-        if not specs:
+        if not found.specs:
             raise InputError(f"{folder}: its safetensors files hold no tensors")
-        return cls(folder, specs, where)
+        return found
 
     def read(self, name: str) -> torch.Tensor:
-        """One tensor, on the CPU, in its stored dtype."""
-        with _open(self.where[name]) as shard:
-            return shard.get_tensor(name)
+        """One tensor, on the CPU, in its stored dtype. Raises InputError when its shard is not what it was.
+
+        Read into memory of its own, not mapped: what is read counts once, and is free again when the tensor is.
+        """
+        spec, file = self.specs[name], self.where[name]
+        known = self.shards.get(file) or self.shards.setdefault(file, Shard.of(file))
+        tensor = torch.empty(spec.shape, dtype=DTYPES[spec.dtype])
+        left = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+        try:
+            with open(file, "rb", buffering=0) as shard:
+                if _stamp(os.fstat(shard.fileno())) != known.stamp:
+                    raise InputError(f"{file}: has changed since it was opened; start again when it changes no more")
+                offset = known.begins[name]
+                while left:
+                    count = os.preadv(shard.fileno(), [left], offset)
+                    if not count:
+                        raise InputError(f"{file}: ends before the end of tensor {name!r}; download this shard again")
+                    offset, left = offset + count, left[count:]
+        except OSError as e:
+            raise InputError(f"{file}: cannot be read ({e.strerror}); see that the disk is well") from None
+        return tensor
 
     def read_finite(self, name: str, device: torch.device | str = "cpu") -> torch.Tensor:
         """`read`, refusing NaN and Inf in a floating-point tensor; looked for on `device`, where it is returned."""
         tensor = self.read(name).to(device)
-        if tensor.is_floating_point() and tensor.dtype.itemsize > 1:
+        if tensor.is_floating_point() and tensor.dtype.itemsize > 1 and not _finite(tensor):
             bad = int((~torch.isfinite(tensor)).sum())
-            if bad:
-                raise InputError(
-                    f"{self.where[name]}: tensor {name!r} holds {bad} NaN or Inf of {tensor.numel()} values; "
-                    "the checkpoint is damaged, download it again or use another revision"
-                )
+            raise InputError(
+                f"{self.where[name]}: tensor {name!r} holds {bad} NaN or Inf of {tensor.numel()} values; "
+                "the checkpoint is damaged, download it again or use another revision"
+            )
         return tensor
 
     def size(self) -> int:
         """Bytes of all tensors."""
         return sum(nbytes(spec) for spec in self.specs.values())
+
+
+def _finite(tensor: torch.Tensor) -> bool:
+    """Whether no value is NaN or Inf. The extremes tell, in one pass and without a tensor of their own."""
+    return not tensor.numel() or bool(torch.isfinite(torch.stack(tensor.aminmax())).all())
+
+
+def _stamp(file: os.stat_result) -> tuple[int, int]:
+    return file.st_size, file.st_mtime_ns
 
 
 def _open(file: Path) -> Any:

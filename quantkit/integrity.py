@@ -23,16 +23,34 @@ TOLERANCE = 1e-5  # marks are of the order of 1; formats that store a reciprocal
 
 def mark(w_NK: torch.Tensor) -> float:
     """The mark of a weight (N, K), float: of the order of 1, rounded to six places; 0 for a weight of zeros."""
-    w = w_NK.float()
-    columns = (w * _signs(w.shape[1], 1, w.device)).sum(1, dtype=torch.float64)
-    norm = math.sqrt(float(w.square().sum(dtype=torch.float64)))
-    value = float((columns * _signs(w.shape[0], 2, w.device).double()).sum())
-    return round(value / norm, 6) if norm else 0.0
+    found = Mark()
+    found.add(w_NK)
+    return found.value
 
 
-def _signs(count: int, salt: int, device: torch.device) -> torch.Tensor:
+class Mark:
+    """The mark of a weight that comes some rows at a time. Rows are summed exactly, however many come at once."""
+
+    def __init__(self) -> None:
+        self._columns: list[float] = []
+        self._squares: list[float] = []
+
+    def add(self, w_NK: torch.Tensor) -> None:
+        """The next rows, (N, K) float."""
+        w, start = w_NK.float(), len(self._columns)
+        columns = (w * _signs(w.shape[1], 1, w.device)).sum(1, dtype=torch.float64)
+        self._columns += (columns * _signs(w.shape[0], 2, w.device, start).double()).tolist()
+        self._squares += w.square().sum(1, dtype=torch.float64).tolist()
+
+    @property
+    def value(self) -> float:
+        norm = math.sqrt(math.fsum(self._squares))
+        return round(math.fsum(self._columns) / norm, 6) if norm else 0.0
+
+
+def _signs(count: int, salt: int, device: torch.device, start: int = 0) -> torch.Tensor:
     """+1 and -1, the same on every machine: one bit of a hash of the position (Knuth's multiplicative one, twice)."""
-    x = torch.arange(1, count + 1, dtype=torch.int64, device=device) * (2_654_435_761 * salt) % 2**32
+    x = torch.arange(start + 1, start + count + 1, dtype=torch.int64, device=device) * (2_654_435_761 * salt) % 2**32
     x = ((x >> 15) ^ x) * 2_246_822_519 % 2**32
     return ((x >> 17) & 1).float() * 2 - 1
 

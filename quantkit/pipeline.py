@@ -7,6 +7,7 @@
                            it again, so that the next block sees what it will see in production
     finish                 the rest of the tensors, config.json, every other file of the source
 
+What needs no calibration goes from shard to shard instead (`streaming`).
 Writes into a folder that the caller made, and never to any other place. Nothing here says that the output is good:
 that is for validation, after a reload from disk.
 """
@@ -20,7 +21,7 @@ from typing import Any
 
 import torch
 
-from quantkit import blocks, calibration, folding, formats, kv_cache, observation, skeleton, solve, tuning
+from quantkit import blocks, calibration, folding, formats, kv_cache, observation, skeleton, solve, streaming, tuning
 from quantkit.checkpoint import DTYPES, ShardWriter
 from quantkit.errors import InputError
 from quantkit.experts import FEW, coverage
@@ -80,14 +81,11 @@ def quantize(
     writer = ShardWriter(folder, plan.specs, plan.recipe.export.shard_bytes)
     run = Run(plan, writer, device, dtype, progress, profile or Profile(device, on=False))
     try:
-        progress.begin(len(plan.structure.blocks), "block")
-        batches = _outside(run, rows)
-        for block in plan.structure.blocks:
-            progress.item(block.index + 1, block.name)
-            _block(run, block, batches)
-        for name in plan.skeleton.unknown:
-            writer.write(name, plan.skeleton.checkpoint.read_finite(name))
-        progress.end()
+        if rows is None:
+            with run.profile("stream"):
+                run.layers += streaming.stream(plan, writer, device, progress)
+        else:
+            _calibrated(run, rows)
         weights = writer.close()
     finally:
         writer.abort()
@@ -100,6 +98,19 @@ def quantize(
         "experts": run.experts,
         "files": files,
     }
+
+
+def _calibrated(run: Run, rows: calibration.Rows) -> None:
+    """Block by block, each with what the calibration rows are by then."""
+    plan, progress = run.plan, run.progress
+    progress.begin(len(plan.structure.blocks), "block")
+    batches = _outside(run, rows)
+    for block in plan.structure.blocks:
+        progress.item(block.index + 1, block.name)
+        _block(run, block, batches)
+    for name in plan.skeleton.unknown:
+        run.writer.write(name, plan.skeleton.checkpoint.read_finite(name))
+    progress.end()
 
 
 def _rows(plan: Plan, progress: Progress, texts: Iterable[Any] | None = None) -> calibration.Rows | None:
@@ -171,7 +182,7 @@ def _kv_range(run: Run) -> dict[str, Any] | None:
     }
 
 
-def _outside(run: Run, rows: calibration.Rows | None) -> list[blocks.Batch]:
+def _outside(run: Run, rows: calibration.Rows) -> list[blocks.Batch]:
     """Writes what is in no block, and takes the calibration rows up to the first block."""
     plan, ghost = run.plan, run.plan.skeleton
     names = outside(ghost, plan.structure)
@@ -179,8 +190,6 @@ def _outside(run: Run, rows: calibration.Rows | None) -> list[blocks.Batch]:
     for name in names:
         dtype = DTYPES[skeleton.spec_of(ghost, name).dtype]
         run.writer.write(ghost.to_disk[name], ghost.read(name).to(dtype))
-    if rows is None:
-        return []
     ghost.load(names, run.device, run.dtype)
     ghost.tie()
     for buffer in ghost.model.buffers():
@@ -240,7 +249,7 @@ def _block(run: Run, block: blocks.Block, batches: list[blocks.Batch]) -> None:
     with profile("write"):
         _write(run, names, solved)
     last = block.index + 1 == len(plan.structure.blocks)
-    if batches and not last:
+    if not last:
         run.progress.doing("run with quantized weights")
         with profile("propagate"):
             for batch in batches:
@@ -283,7 +292,7 @@ def _observe(
     needs = {name: plan.needs(plan.linears[name]) for name in block.linears}
     if plan.links:
         needs = {name: wanted - {"magnitudes"} for name, wanted in needs.items()}
-    if not batches or (peaks is None and not any(needs.values()) and batches[0].dense is None):
+    if peaks is None and not any(needs.values()) and batches[0].dense is None:
         return observation.Observed()
     run.progress.doing("observe")
     prior = plan.recipe.calibration.expert_prior

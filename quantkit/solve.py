@@ -6,6 +6,7 @@ tensor that they share, as engines that fuse them want it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -83,9 +84,58 @@ def finish(
     """
     assert layer.scheme is not None
     decoded = numerics.dequantize(q)
-    return Solved(
-        layer, q, input_scales(plan, layer, stats), decoded, _report(plan, layer, weight, decoded, stats, notes)
+    gram = None if stats is None else stats.gram_KK
+    if gram is None:
+        tally = Tally()
+        tally.add(weight, decoded)
+        error, mark = tally.error, tally.mark
+    else:
+        error, mark = _output_error(weight.float(), decoded, gram), integrity.mark(decoded)
+    found = report(
+        plan,
+        layer,
+        error,
+        mark,
+        notes,
+        tokens=stats.tokens if stats else 0,
+        of="output" if gram is not None else "weight",
     )
+    return Solved(layer, q, input_scales(plan, layer, stats), decoded, found)
+
+
+class Tally:
+    """Error and mark of a weight that comes some rows at a time, the same however many come at once."""
+
+    def __init__(self) -> None:
+        self._mark = integrity.Mark()
+        self._error: list[float] = []
+        self._whole: list[float] = []
+
+    def add(self, weight: torch.Tensor, decoded: torch.Tensor) -> None:
+        """The next rows (N, K) float, as they were and as their codes have them."""
+        w = weight.float()
+        self._mark.add(decoded)
+        self._error += (w - decoded).square().sum(1, dtype=torch.float64).tolist()
+        self._whole += w.square().sum(1, dtype=torch.float64).tolist()
+
+    @property
+    def error(self) -> float:
+        """|W - Q|² / |W|²"""
+        whole = math.fsum(self._whole)
+        return math.fsum(self._error) / whole if whole else 0.0
+
+    @property
+    def mark(self) -> float:
+        return self._mark.value
+
+
+def _output_error(w: torch.Tensor, decoded: torch.Tensor, gram: torch.Tensor) -> float:
+    """The layer's squared output error over its squared output: tr(D H Dᵀ) / tr(W H Wᵀ), D = W - Q."""
+    d = w - decoded
+    # Three digits are wanted: on a GPU, products of TF32 give them in an eighth of the time.
+    with products(allow_tf32=True):
+        error, whole = float(((d @ gram) * d).sum()), float(((w @ gram) * w).sum())
+    return error / whole if whole else 0.0
 
 
 def scale_dtype(plan: Plan, layer: Linear) -> torch.dtype:
@@ -133,27 +183,24 @@ def split(q: QuantizedTensor, rows: list[int]) -> Iterator[QuantizedTensor]:
         yield QuantizedTensor(q.codes_NK[start : start + count].contiguous(), qparams, q.scheme)
 
 
-def _report(
-    plan: Plan, layer: Linear, weight: torch.Tensor, decoded: torch.Tensor, stats: Stats | None, notes: Notes
+def report(
+    plan: Plan, layer: Linear, error: float, mark: float, notes: Notes, *, tokens: int = 0, of: str = "weight"
 ) -> dict[str, Any]:
-    """How far the layer is from what it was: in its output where the inputs' second moments are known."""
-    w, d = weight.float(), weight.float() - decoded
-    gram = None if stats is None else stats.gram_KK
-    if gram is None:
-        kind, error, whole = "weight", float(d.square().sum()), float(w.square().sum())
-    else:
-        # Three digits are wanted: on a GPU, products of TF32 give them in an eighth of the time.
-        with products(allow_tf32=True):
-            kind, error, whole = "output", float(((d @ gram) * d).sum()), float(((w @ gram) * w).sum())
+    """A layer's line in the report.
+
+    error  how far it is from what it was, squared and relative: `of` its output, or of its weight where the second
+           moments of its inputs are not known
+    tokens how many rows of inputs were observed
+    """
     bits = bits_per_weight(plan.tensors(layer), layer.shape[0] * layer.shape[1])
     return {
         "name": layer.name,
         "scheme": short(layer.scheme),
         "shape": list(layer.shape),
         "bits_per_weight": round(bits, 4),
-        "relative_error": error / whole if whole else 0.0,
-        "error_of": kind,
-        "mark": integrity.mark(decoded),
-        "tokens": stats.tokens if stats else 0,
-        "notes": list(notes.lines),
+        "relative_error": error,
+        "error_of": of,
+        "mark": mark,
+        "tokens": tokens,
+        "notes": list(dict.fromkeys(notes.lines)),
     }

@@ -57,6 +57,7 @@ LAYERS = (
         "quantkit.solve",
         "quantkit.tuning",
         "quantkit.pipeline",
+        "quantkit.streaming",
         "quantkit.allocation",
         "quantkit.repair",
         "quantkit.convert",
