@@ -54,10 +54,11 @@ def find(skeleton: Skeleton) -> Structure:
     path, blocks = listed
     prefixes = [f"{path}.{i}." for i in range(len(blocks))]
     fused = [n for n, p in model.named_parameters() if p.ndim > 2 and n.startswith(tuple(prefixes))]
-    if fused:
+    # A convolution over a few tokens, before linear attention, stays as it is.
+    if fused := [n for n in fused if not isinstance(model.get_submodule(n.rpartition(".")[0]), nn.Conv1d)]:
         raise InputError(
-            f"{fused[0]}: has more than two dimensions; blocks with experts in one tensor or with convolutions are not "
-            "supported by this version"
+            f"{fused[0]}: has more than two dimensions, and is no tensor of experts that can be taken apart; "
+            "such blocks are not supported by this version"
         )
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     order, warnings = _shared_inputs(model, linears)
@@ -70,14 +71,15 @@ def find(skeleton: Skeleton) -> Structure:
 
 
 def _block_list(model: Any) -> tuple[str, nn.ModuleList] | None:
-    """The list of alike modules that holds the most weights of linears; the text model's own length comes first."""
+    """The list of alike modules that holds the most weights of linears; first, one in the text model, of its length."""
     depth = getattr(model.config.get_text_config(), "num_hidden_layers", None)
-    best: tuple[tuple[bool, int], str, nn.ModuleList] | None = None
+    decoder = {id(m) for m in model.get_decoder().modules()} if hasattr(model, "get_decoder") else set()
+    best: tuple[tuple[bool, bool, int], str, nn.ModuleList] | None = None
     for name, module in model.named_modules():
         if not isinstance(module, nn.ModuleList) or not len(module):
             continue
         weights = sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
-        rank = (len(module) == depth, weights)
+        rank = (id(module) in decoder, len(module) == depth, weights)
         if weights and (best is None or rank > best[0]):
             best = (rank, name, module)
     return None if best is None else (best[1], best[2])

@@ -116,20 +116,22 @@ class Checkpoint:
             raise InputError(f"{folder}: its safetensors files hold no tensors")
         return found
 
-    def read(self, name: str) -> torch.Tensor:
+    def read(self, name: str, entry: int | None = None) -> torch.Tensor:
         """One tensor, on the CPU, in its stored dtype. Raises InputError when its shard is not what it was.
+
+        entry  reads one entry of its first dimension alone
 
         Read into memory of its own, not mapped: what is read counts once, and is free again when the tensor is.
         """
         spec, file = self.specs[name], self.where[name]
         known = self.shards.get(file) or self.shards.setdefault(file, Shard.of(file))
-        tensor = torch.empty(spec.shape, dtype=DTYPES[spec.dtype])
+        tensor = torch.empty(spec.shape if entry is None else spec.shape[1:], dtype=DTYPES[spec.dtype])
         left = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
         try:
             with open(file, "rb", buffering=0) as shard:
                 if _stamp(os.fstat(shard.fileno())) != known.stamp:
                     raise InputError(f"{file}: has changed since it was opened; start again when it changes no more")
-                offset = known.begins[name]
+                offset = known.begins[name] + (entry or 0) * len(left)
                 while left:
                     count = os.preadv(shard.fileno(), [left], offset)
                     if not count:
@@ -139,9 +141,9 @@ class Checkpoint:
             raise InputError(f"{file}: cannot be read ({e.strerror}); see that the disk is well") from None
         return tensor
 
-    def read_finite(self, name: str, device: torch.device | str = "cpu") -> torch.Tensor:
+    def read_finite(self, name: str, device: torch.device | str = "cpu", entry: int | None = None) -> torch.Tensor:
         """`read`, refusing NaN and Inf in a floating-point tensor; looked for on `device`, where it is returned."""
-        tensor = self.read(name).to(device)
+        tensor = self.read(name, entry).to(device)
         if tensor.is_floating_point() and tensor.dtype.itemsize > 1 and not _finite(tensor):
             bad = int((~torch.isfinite(tensor)).sum())
             raise InputError(

@@ -1,9 +1,8 @@
-"""A mixture of experts, taken apart: every projection of every expert is an ordinary linear, named as on disk.
+"""A mixture of experts as linears: every projection of every expert is an ordinary nn.Linear.
 
-transformers 5 keeps the experts of a layer in two tensors, gate_up_proj (E, 2I, H) and down_proj (E, H, I), which it
-merges from a tensor an expert and projection while loading. What is observed, rounded and written here are linears, so
-the merged module gives way to `Experts`, which computes the same from one nn.Linear each. Which tensors on disk are an
-expert's gate, up and down projection is read from transformers' own table of conversions, not from their names.
+transformers 5 keeps the experts of a layer in two tensors, gate_up_proj (E, 2I, H) and down_proj (E, H, I), whether
+they are so on disk or a tensor an expert and projection. What is observed, rounded and written here are linears, so
+the merged module gives way to `Experts`, which computes the same from one nn.Linear each; apart.py puts it there.
 
 An expert sees only the tokens that the router sends to it. Those may be fewer than its input has channels, and then
 their statistics alone are worse than none; `shrink` draws them towards those of all tokens.
@@ -11,48 +10,51 @@ their statistics alone are worse than none; `shrink` draws them towards those of
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from statistics import median
 from typing import Any
 
 import torch
 from torch import nn
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-from quantkit.errors import InputError
 from quantkit.types import Notes, Stats
 
-# How transformers merges the tensors of experts that can be taken apart: stacked, and gate on top of up.
-_MERGES = (["MergeModulelist"], ["MergeModulelist", "Concatenate"])
-_UPS = ("gate_up_proj", "up_proj")
-_ONE = re.compile(r"\.(\d+)\.(\w+)\.weight$")  # ...experts.3.gate_proj.weight
 FEW = 4  # tokens per input channel below which an expert's own statistics are thin
 
 
 class Experts(nn.Module):
     """The experts of one layer: linears `3.gate_proj`, `3.up_proj`, `3.down_proj`, by their names on disk.
 
-    fused  transformers' module, as `use_experts_implementation` makes it; its activation and gate are used on
-    ups    the projections of the hidden state, in the order in which they are concatenated: gate and up, or up alone
+    fused  transformers' module: one that `use_experts_implementation` made, or Llama 4's, which is given every token
+           once for each expert, zeros where the router did not choose it. Its activation and gate are used on
+    ups    the projections of the hidden state: gate and up, or up alone
     down   the projection back
 
     Computes what transformers' experts do, experts in their order and tokens in theirs. On the meta device, where
     routes have no values, every expert runs on all tokens; each gets a tensor object of its own, so that linears that
     share an input are those of one expert.
+
+    all_tokens  set while every expert is to be observed on all tokens; what comes out does not change
     """
 
     fused: Any
 
     def __init__(self, fused: Any, ups: tuple[str, ...], down: str) -> None:
         super().__init__()
+        self.alone = not hasattr(fused, "has_gate")
+        self.interleaved = not self.alone and not fused.is_concatenated
         count, hidden, inner = fused.down_proj.shape
+        if is_transposed(fused):
+            hidden, inner = inner, hidden
         self.num_experts, self.width, self.ups, self.down = int(count), int(hidden), ups, down
-        like: dict[str, Any] = {"bias": False, "device": "meta", "dtype": fused.down_proj.dtype}
-        for name in (*_UPS, "down_proj"):
-            fused._parameters.pop(name, None)
+        like: dict[str, Any] = {
+            "device": "meta",
+            "dtype": fused.down_proj.dtype,
+            "bias": "down_proj_bias" in leaves(fused),
+        }
+        for name in leaves(fused):
+            fused._parameters.pop(name)
         for name, child in fused.named_children():  # the activation, a norm after each expert
             self.add_module(name, child)
         for e in range(self.num_experts):
@@ -60,42 +62,83 @@ class Experts(nn.Module):
             self.add_module(str(e), nn.ModuleDict({**linears, down: nn.Linear(inner, hidden, **like)}))
         # In the dictionary of plain attributes: its methods are used, but it is no part of the tree of modules.
         self.__dict__["fused"] = fused
+        self.all_tokens = False
         self._routed: tuple[torch.Tensor, ...] = ()
 
     def forward(
-        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+        self,
+        hidden_states: torch.Tensor,
+        top_k_index: torch.Tensor | None = None,
+        top_k_weights: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Hidden states (T, H), experts of each token (T, k) and their weights (T, k) -> (T, H)."""
+        """Hidden states (T, H), experts of each token (T, k) and their weights (T, k) -> (T, H).
+
+        Without the last two, rows (E T, H), those of each expert together -> the same shape.
+        """
         if hidden_states.is_meta:
             return self._dry(hidden_states, top_k_weights)
+        if top_k_index is None or top_k_weights is None:
+            return self._each(hidden_states)
         dtype = torch.promote_types(hidden_states.dtype, top_k_weights.dtype)
         out = torch.zeros_like(hidden_states, dtype=dtype)
         k = top_k_index.shape[-1]
         chosen = top_k_index.reshape(-1)
         places = torch.argsort(chosen, stable=True).split(torch.bincount(chosen, minlength=self.num_experts).tolist())
-        self._routed = tuple(place // k for place in places)
-        for e, (place, tokens) in enumerate(zip(places[: self.num_experts], self._routed, strict=False)):
-            if len(tokens):
-                y = self._expert(e, hidden_states[tokens]) * top_k_weights[tokens, place % k, None]
-                out.index_add_(0, tokens, y.to(dtype))
+        self._routed = tuple(place // k for place in places[: self.num_experts])
+        weights = top_k_weights.reshape(-1, 1)
+        for e, (place, tokens) in enumerate(zip(places, self._routed, strict=False)):
+            if self.all_tokens:
+                y = self._expert(e, hidden_states)[tokens]
+            elif len(tokens):
+                y = self._expert(e, hidden_states[tokens])
+            else:
+                continue
+            out.index_add_(0, tokens, (y * weights[place]).to(dtype))
         return out.to(hidden_states.dtype)
 
-    def _dry(self, hidden_states: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
+    def _each(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Llama 4's way: the rows that the router did not choose are zero, and so is what an expert makes of them."""
+        rows = hidden_states.view(self.num_experts, -1, self.width)
+        chosen = (rows != 0).any(-1)
+        self._routed = tuple(which.nonzero().flatten() for which in chosen)
+        given = hidden_states[chosen.reshape(-1)]  # all that were chosen, expert after expert
+        out, first = torch.zeros_like(rows), 0
+        for e, tokens in enumerate(self._routed):
+            last = first + len(tokens)
+            if self.all_tokens:
+                out[e, tokens] = self._expert(e, given)[first:last]
+            elif len(tokens):
+                out[e, tokens] = self._expert(e, given[first:last])
+            first = last
+        return out.view_as(hidden_states)
+
+    def given(self, x: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What this module is called with and the mask of its tokens -> rows that experts read (M, H), and theirs."""
+        x, mask = x.reshape(-1, self.width), mask.reshape(-1)
+        if not self.alone:
+            return x, mask
+        chosen = (x != 0).any(-1)
+        return x[chosen], mask.repeat(self.num_experts)[chosen]
+
+    def _dry(self, hidden_states: torch.Tensor, top_k_weights: torch.Tensor | None) -> torch.Tensor:
         out = torch.zeros_like(hidden_states)
         for e in range(self.num_experts):
             out = out + self._expert(e, hidden_states.view_as(hidden_states))
-        return (out * top_k_weights[:, :1]).to(hidden_states.dtype)
+        return (out if top_k_weights is None else out * top_k_weights[:, :1]).to(hidden_states.dtype)
 
     def _expert(self, e: int, x: torch.Tensor) -> torch.Tensor:
         linears = self._linears(e)
-        y: torch.Tensor = linears[self.down](self._gate(torch.cat([linears[name](x) for name in self.ups], -1)))
+        y: torch.Tensor = linears[self.down](self._gate([linears[name](x) for name in self.ups]))
         if getattr(self.fused, "has_post_expert_norm", False):
             y = self.fused.post_expert_norm(y)
         return y
 
-    def _gate(self, projected: torch.Tensor) -> torch.Tensor:
-        gate = self.fused._apply_gate if self.fused.has_gate else self.fused.act_fn
-        gated: torch.Tensor = gate(projected)
+    def _gate(self, projected: Sequence[torch.Tensor]) -> torch.Tensor:
+        if self.alone:
+            gate, up = projected
+            return up * self.fused.act_fn(gate)
+        both = torch.stack(tuple(projected), -1).flatten(-2) if self.interleaved else torch.cat(tuple(projected), -1)
+        gated: torch.Tensor = (self.fused._apply_gate if self.fused.has_gate else self.fused.act_fn)(both)
         return gated
 
     def _linears(self, e: int) -> nn.ModuleDict:
@@ -106,7 +149,7 @@ class Experts(nn.Module):
     def intermediate(self, e: int, x: torch.Tensor) -> torch.Tensor:
         """What the down projection of expert `e` reads for x (M, H): (M, I). Hooks on its linears are not called."""
         linears = self._linears(e)
-        return self._gate(torch.cat([linears[name].forward(x) for name in self.ups], -1))
+        return self._gate([linears[name].forward(x) for name in self.ups])
 
     def routed(self, e: int) -> torch.Tensor:
         """The tokens (T_e,) that reach expert `e` in the call under way, or the last one: int64, rising."""
@@ -121,42 +164,10 @@ class Experts(nn.Module):
         return name.rpartition(".")[2] in self.ups
 
 
-# Taking apart --------------------------------------------------------------------------------------------------------
+# transformers' module for the experts of a layer ---------------------------------------------------------------------
 
-
-def take_apart(model: Any, keys: Iterable[str]) -> dict[str, str]:
-    """Puts `Experts` in the place of each module of a model on meta whose tensors are apart on disk.
-
-    keys  names of the tensors on disk
-    Returns tensor on disk -> name in memory, of the experts' linears. Raises InputError for experts that compute in a
-    way that linears do not, and for tensors that do not fit the model's number of experts.
-    """
-    conversions = get_model_conversion_mapping(model)
-    renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
-    converters = [c for c in conversions if isinstance(c, WeightConverter)]
-    wanted = model.state_dict()
-    homes: dict[str, str] = {}
-    parts: dict[str, dict[str, dict[int, str]]] = {}  # module -> its tensor -> place in it -> name on disk
-    for key in keys:
-        name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, wanted)
-        owner, _, leaf = name.rpartition(".")
-        one = _ONE.search(key)
-        if pattern is None or one is None or name not in wanted or not is_fused(model.get_submodule(owner)):
-            continue
-        converter = next(c for c in converters if pattern in c.source_patterns)
-        _check(key, int(one[1]), model.get_submodule(owner), converter)
-        parts.setdefault(owner, {}).setdefault(leaf, {})[converter.source_patterns.index(pattern)] = one[2]
-        homes[key] = f"{owner}.{one[1]}.{one[2]}.weight"
-    for owner, leaves in parts.items():
-        fused = model.get_submodule(owner)
-        for leaf in fused._parameters:
-            if leaf not in leaves:
-                raise InputError(
-                    f"{owner}: no tensor on disk holds the {leaf} of its experts; download the model again"
-                )
-        ups = next(leaves[leaf] for leaf in _UPS if leaf in leaves)
-        model.set_submodule(owner, Experts(fused, tuple(ups[i] for i in sorted(ups)), leaves["down_proj"][0]))
-    return homes
+UPS = ("gate_up_proj", "up_proj")
+LEAVES = (*UPS, "down_proj", *(f"{name}_bias" for name in (*UPS, "down_proj")))
 
 
 def is_fused(module: nn.Module) -> bool:
@@ -165,24 +176,14 @@ def is_fused(module: nn.Module) -> bool:
     return down is not None and down.ndim == 3
 
 
-def _check(key: str, e: int, fused: Any, converter: WeightConverter) -> None:
-    """Refuses experts that are no linears without a bias, with the tensor on disk that shows them."""
-    if e >= (count := fused.down_proj.shape[0]):
-        raise InputError(
-            f"tensor {key!r} is one of expert {e}, but config.json makes {count} experts; "
-            "the weights and the config do not belong together"
-        )
-    why = ""
-    if not hasattr(fused, "has_gate") or not hasattr(fused, "_apply_gate"):
-        why = "run by code of their own"
-    elif fused.has_bias or fused.is_transposed or not fused.is_concatenated:
-        why = "transposed, interleaved or with a bias in memory"
-    elif other := sorted(fused._parameters.keys() - {*_UPS, "down_proj"}):
-        why = f"with {other[0]!r} beside their projections"
-    elif [type(op).__name__ for op in converter.operations] not in _MERGES:
-        why = f"merged by {', '.join(type(op).__name__ for op in converter.operations)}"
-    if why:
-        raise InputError(f"tensor {key!r}: experts that are {why} ({type(fused).__name__}) are not supported")
+def leaves(fused: nn.Module) -> list[str]:
+    """The parameters of such a module that are experts' projections and their biases."""
+    return [name for name in LEAVES if fused._parameters.get(name) is not None]
+
+
+def is_transposed(fused: Any) -> bool:
+    """Whether its weights are (E, in, out) and not (E, out, in)."""
+    return bool(getattr(fused, "is_transposed", True))  # Llama 4's module, which does not say, is
 
 
 # Routers -------------------------------------------------------------------------------------------------------------

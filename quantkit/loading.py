@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig
 
 from quantkit import formats, hub, packed, skeleton
 from quantkit.checkpoint import Checkpoint
@@ -19,14 +19,16 @@ from quantkit.runtime import planning, plugin
 
 
 def load(path: str | Path, **kwargs: Any) -> Any:
-    """A checkpoint as a transformers model, its weights still packed.
+    """A checkpoint as a transformers model, its weights still packed: a language model, or the wrapper that it lies in.
 
-    kwargs  as for `AutoModelForCausalLM.from_pretrained`: dtype, device_map, ...
+    kwargs  as for `from_pretrained` of transformers' classes: dtype, device_map, ...
     Raises InputError when the folder is no model or cannot be loaded.
     """
     plugin.install()
     try:
-        return AutoModelForCausalLM.from_pretrained(path, **kwargs)
+        own = {key: kwargs[key] for key in ("trust_remote_code", "revision", "token", "cache_dir") if key in kwargs}
+        config = kwargs.get("config") or AutoConfig.from_pretrained(path, **own)
+        return skeleton.auto_class(config).from_pretrained(path, **kwargs)
     except (OSError, ValueError, KeyError, ImportError) as e:
         why = (str(e).splitlines() or [type(e).__name__])[0][:300]
         advice = f"; or quantkit convert {path} --to dense, and load that" if _quantization(Path(path)) else ""

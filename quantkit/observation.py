@@ -120,7 +120,7 @@ class _Seen:
                 raise InputError(f"{name}: {e}") from None
 
         def see_all(name: str, x: torch.Tensor) -> None:
-            self.everyone[name].update(x, batch.mask)
+            self.everyone[name].update(*self.experts[name].given(x, batch.mask))
 
         with (
             blocks.watched(self.model, list(self.experts), see_all),

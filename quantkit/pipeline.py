@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from quantkit import blocks, calibration, folding, formats, kv_cache, observation, skeleton, solve, streaming, tuning
+from quantkit import plan as planning
 from quantkit.checkpoint import DTYPES, ShardWriter
 from quantkit.errors import InputError
 from quantkit.experts import FEW, coverage
@@ -376,17 +377,21 @@ def _write(run: Run, names: Sequence[str], solved: dict[str, solve.Solved]) -> N
         assert layer.scheme is not None
         for suffix, tensor in plan.format.pack(found.tensor, layer.scheme.activations, found.inputs).items():
             run.writer.write(f"{layer.name}.{suffix}", tensor)
+    wholes = dict.fromkeys(planning.whole(ghost, plan.linears, name) for name in names)
+    for disk in wholes:
+        if disk is not None:
+            run.writer.write(disk, ghost.whole(disk) if plan.rewrites else ghost.checkpoint.read(disk))
     for name in names:
         if name.removesuffix(".weight") in solved and name.endswith(".weight"):
             continue
         if plan.rewrites:
             spec = skeleton.spec_of(ghost, name)
-            run.writer.write(ghost.to_disk[name], ghost.get(name).to(DTYPES[spec.dtype]))
+            if planning.whole(ghost, plan.linears, name) is None:
+                run.writer.write(ghost.to_disk[name], ghost.get(name).to(DTYPES[spec.dtype]))
             if ghost.get(name).is_floating_point():
                 ghost.put(name, ghost.get(name).to(DTYPES[spec.dtype]).to(run.dtype))
-        else:
-            disk = ghost.to_disk[name]
-            run.writer.write(disk, ghost.checkpoint.read(disk))
+        elif planning.whole(ghost, plan.linears, name) is None:
+            run.writer.write(ghost.to_disk[name], ghost.original(name))
 
 
 def _write_kv(run: Run, block: blocks.Block, peaks: kv_cache.Peaks) -> None:

@@ -272,12 +272,33 @@ def _linears(
                 raise InputError(f"{name}: is a router that is no linear layer in transformers, so it must stay dense")
             if module in bare or not named:
                 scheme, reason = None, "is a router"
-        spec = ghost.checkpoint.specs.get(f"{name}.weight")
-        dtype = spec.dtype if spec else "BF16"
+        known = f"{module}.weight" in ghost.to_disk
+        dtype = skeleton.spec_of(ghost, f"{module}.weight").dtype if known else "BF16"
         if scheme is not None:
             _check(name, shape, dtype, scheme, recipe)
         linears[module] = Linear(name, module, shape, dtype, scheme, "" if scheme else reason)
+    _check_wholes(ghost, linears)
     return linears, [f"rule {rule.match!r} matches no linear layer of this model" for rule in silent]
+
+
+def _check_wholes(ghost: skeleton.Skeleton, linears: dict[str, Linear]) -> None:
+    """Refuses to quantize some of the experts that a file has in one tensor, and not the others."""
+    packed_of: dict[str, dict[bool, str]] = {}
+    for memory, piece in ghost.pieces.items():
+        layer = linears[memory.rpartition(".")[0]]
+        packed_of.setdefault(piece.disk.rpartition(".")[0], {})[layer.scheme is not None] = layer.name
+    for owner, found in packed_of.items():
+        if len(found) > 1:
+            raise InputError(
+                f"{owner}: its experts lie together on disk, and {found[True]} is to be quantized but {found[False]} "
+                "is not; give all projections of all its experts a scheme, or none"
+            )
+
+
+def whole(ghost: skeleton.Skeleton, linears: dict[str, Linear], memory: str) -> str | None:
+    """The tensor on disk in which a parameter stays with others; None where it has, or gets, one of its own."""
+    piece = ghost.pieces.get(memory)
+    return piece.disk if piece is not None and linears[memory.rpartition(".")[0]].scheme is None else None
 
 
 def _check(name: str, shape: tuple[int, int], dtype: str, scheme: Scheme, recipe: Recipe) -> None:
@@ -326,6 +347,8 @@ def _specs(
             dtype = formats.scale_dtype(pack, layer.dtype)
             for suffix, spec in pack.tensors(layer.shape, layer.scheme, dtype).items():
                 specs[f"{layer.name}.{suffix}"] = spec
+        elif (together := whole(ghost, linears, memory)) is not None:
+            specs[together] = ghost.checkpoint.specs[together]
         else:
             specs[ghost.to_disk[memory]] = skeleton.spec_of(ghost, memory)
 

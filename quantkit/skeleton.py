@@ -1,8 +1,8 @@
 """A model without its weights: built on the meta device from config.json, filled and emptied part by part.
 
 The names on disk and the names in memory differ for some architectures; transformers' own renaming table maps them,
-and everything that goes back to disk keeps its name from disk. Experts that transformers merges while loading are taken
-apart again (`experts.Experts`): in memory they are the linears that they are on disk.
+and everything that goes back to disk keeps its name from disk. Experts are taken apart (apart.py): in memory they are
+linears, whether a file has a tensor for each or one for all.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
+from quantkit.apart import Piece, take_apart
 from quantkit.checkpoint import DTYPES, Checkpoint
 from quantkit.errors import InputError
-from quantkit.experts import is_fused, take_apart
 from quantkit.types import TensorSpec
 
 # a parameter's name in memory, its tensor from disk, and a function that reads another -> the tensor to use
@@ -37,6 +38,8 @@ class Skeleton:
     unknown   tensors on disk that the model has no place for (extra heads, stored buffers): copied as they are
     rewrite   what a parameter becomes as it is read, where a transform asks for it
     shared    parameters that are to have a tensor of their own: name in memory -> the tensor on disk that they start as
+    pieces    parameters that are a part of a tensor on disk: name in memory -> which; `to_disk` has the name that they
+              get on disk when they are quantized
     """
 
     model: Any
@@ -45,6 +48,7 @@ class Skeleton:
     unknown: list[str]
     rewrite: Rewrite | None = None
     shared: dict[str, str] = field(default_factory=dict)
+    pieces: dict[str, Piece] = field(default_factory=dict)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -72,7 +76,18 @@ class Skeleton:
 
     def original(self, name: str, device: torch.device | str = "cpu") -> torch.Tensor:
         """One parameter or buffer as it is on disk. Raises InputError for NaN or Inf."""
+        if (piece := self.pieces.get(name)) is not None:
+            return piece.of(self.checkpoint.read_finite(piece.disk, device, piece.expert))
         return self.checkpoint.read_finite(self.source(name), device)
+
+    def whole(self, disk: str) -> torch.Tensor:
+        """A tensor that holds several parameters, put together from those as they are now, in its dtype on disk."""
+        spec = self.checkpoint.specs[disk]
+        found = torch.empty(spec.shape, dtype=DTYPES[spec.dtype])
+        for name, piece in self.pieces.items():
+            if piece.disk == disk:
+                piece.put(found, self.get(name).to(found))
+        return found
 
     def source(self, name: str) -> str:
         """The tensor on disk that a parameter is read from."""
@@ -123,16 +138,22 @@ def build(folder: Path, checkpoint: Checkpoint, *, trust_remote_code: bool = Fal
     return _map(empty(config, folder, trust_remote_code=trust_remote_code), checkpoint)
 
 
+def auto_class(config: Any) -> Any:
+    """The class of transformers that makes a config's model: a wrapper, if a language model lies inside one."""
+    causal = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    named = (getattr(config, "architectures", None) or [""])[0]
+    wraps = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    return AutoModelForImageTextToText if wraps and named != getattr(causal, "__name__", None) else AutoModelForCausalLM
+
+
 def empty(config: Any, folder: Path, *, trust_remote_code: bool = False) -> Any:
     """The transformers model of a config, on meta. Raises InputError, naming `folder`, when there is none."""
     kind = getattr(config, "model_type", "?")
     try:
         with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+            model = auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
     except (ValueError, KeyError, AttributeError, TypeError, ImportError) as e:
-        raise InputError(
-            f"{folder}: transformers cannot build a causal language model of type {kind!r}: {_line(e)}"
-        ) from None
+        raise InputError(f"{folder}: transformers cannot build a language model of type {kind!r}: {_line(e)}") from None
     model.eval()
     model.requires_grad_(False)
     model.tie_weights()
@@ -190,9 +211,14 @@ def _map(model: Any, checkpoint: Checkpoint) -> Skeleton:
     experts = take_apart(model, checkpoint.specs)
     wanted = model.state_dict()
     to_disk: dict[str, str] = {}
+    pieces: dict[str, Piece] = {}
     unknown: list[str] = []
     for key in checkpoint.specs:
-        name, merged = (experts[key], False) if key in experts else in_memory(key)
+        if key in experts.pieces:
+            to_disk |= {name: alone for name, alone, _ in experts.pieces[key]}
+            pieces |= {name: piece for name, _, piece in experts.pieces[key]}
+            continue
+        name, merged = (experts.homes[key], False) if key in experts.homes else in_memory(key)
         if name not in wanted:
             unknown.append(key)
             continue
@@ -200,11 +226,6 @@ def _map(model: Any, checkpoint: Checkpoint) -> Skeleton:
             raise InputError(
                 f"tensor {key!r} is merged with others into {name!r} by transformers, and only experts are taken "
                 "apart; this architecture is not supported by this version"
-            )
-        if is_fused(model.get_submodule(name.rpartition(".")[0])):
-            raise InputError(
-                f"{checkpoint.where[key]}: tensor {key!r} holds all experts of a layer; only checkpoints with one "
-                "tensor an expert and projection (experts.0.gate_proj.weight) are supported by this version"
             )
         have, want = checkpoint.specs[key].shape, tuple(wanted[name].shape)
         if have != want:
@@ -220,9 +241,10 @@ def _map(model: Any, checkpoint: Checkpoint) -> Skeleton:
             f"{checkpoint.folder}: {len(missing)} tensors of the model are in no shard, {missing[0]!r} among them; "
             "the download is incomplete or the weights belong to another model"
         )
-    return Skeleton(model, checkpoint, to_disk, unknown)
+    return Skeleton(model, checkpoint, to_disk, unknown, pieces=pieces)
 
 
 def spec_of(skeleton: Skeleton, name: str) -> TensorSpec:
     """Shape and dtype on disk of a parameter, by its name in memory."""
-    return skeleton.checkpoint.specs[skeleton.source(name)]
+    piece = skeleton.pieces.get(name)
+    return skeleton.checkpoint.specs[skeleton.source(name)] if piece is None else piece.spec

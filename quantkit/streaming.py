@@ -20,7 +20,7 @@ import torch
 from quantkit import numerics, skeleton, solve
 from quantkit.checkpoint import DTYPES, ShardWriter
 from quantkit.errors import InputError
-from quantkit.plan import Linear, Plan, outside
+from quantkit.plan import Linear, Plan, outside, whole
 from quantkit.progress import Progress
 from quantkit.types import Notes, QParams, QuantizedTensor, TensorScheme
 
@@ -95,7 +95,9 @@ def parts(plan: Plan) -> list[Part]:
         alike = [part for group in layers for same in solve.by_scheme(group) for part in _apart(same)]
         rounded = {f"{layer.module}.weight" for part in alike for layer in part}
         copied = [name for name in ghost.parameters(block.name + ".") if name not in rounded]
-        jobs = [*(Job(layers=part) for part in alike), *(Job(parameter=name) for name in copied)]
+        wholes = {name: whole(ghost, plan.linears, name) for name in copied}  # of the experts of a layer
+        jobs = [*(Job(layers=part) for part in alike), *(Job(parameter=name) for name in copied if not wholes[name])]
+        jobs += [Job(tensor=disk) for disk in dict.fromkeys(wholes.values()) if disk]
         found.append(Part(block.name, block.index, tuple(jobs)))
     found.append(Part("further tensors", None, tuple(Job(tensor=name) for name in ghost.unknown)))
     return found

@@ -38,6 +38,7 @@ LAYERS = (
         "quantkit.transforms",
         "quantkit.skeleton",
         "quantkit.experts",
+        "quantkit.apart",
         "quantkit.blocks",
         "quantkit.channels",
         "quantkit.links",

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from quantkit.checkpoint import DTYPES
+from quantkit.errors import InputError
 from quantkit.runtime.rounding import rounded
 from quantkit.runtime.stack import Stack
 from quantkit_kernels import activation, layout
@@ -29,7 +30,9 @@ class PackedExperts(nn.Module):
     fused   that module: its activation and gate are used on
     stacks  "up" (gate and up, or up alone) and "down"
 
-    Parameters are those of both stacks, as up_codes, down_scale, ..., all of integers; and biases, where it has them.
+    Parameters are those of both stacks, as up_codes, down_scale, ..., all of integers; and biases, where it has them:
+    transformers' own where a file has those of all experts in one tensor, up_bias and down_bias where each has its own,
+    gate on top of up.
     Gradients reach the hidden states and the router's weights.
     """
 
@@ -42,9 +45,11 @@ class PackedExperts(nn.Module):
         self.num_experts = int(down.shape[0])
         self.alone = not hasattr(fused, "has_gate")  # Llama 4's, which get every token once for each expert
         self.transposed = self.alone or bool(fused.is_transposed)
+        self.alternate = not self.alone and not fused.is_concatenated  # gate and up, in what transformers' gate reads
         for name in list(fused._parameters):
             parameter = fused._parameters.pop(name)
-            if name not in LEAVES:
+            side = LEAVES.get(name.removesuffix("_bias"))
+            if name not in LEAVES and (side is None or not stacks[side].biases):
                 self.register_parameter(name, parameter)  # a bias
         for name, child in fused.named_children():  # the activation, a norm after each expert
             self.add_module(name, child)
@@ -60,6 +65,11 @@ class PackedExperts(nn.Module):
             for name, (dtype, shape) in stack.specs().items():
                 t = torch.empty(shape, dtype=dtype, device=device)
                 self.register_parameter(f"{side}_{name}", nn.Parameter(t, requires_grad=False))
+            if stack.biases:
+                t = torch.empty(
+                    (stack.experts, stack.disk.shape[0] * len(stack.parts)), dtype=self.dtype, device=device
+                )
+                self.register_parameter(f"{side}_bias", nn.Parameter(t, requires_grad=False))
 
     def split(self, rank: int, ranks: int) -> None:
         """Before loading: holds one rank's part of what lies between the two projections. The sum over all ranks of
@@ -100,6 +110,8 @@ class PackedExperts(nn.Module):
             gate, up = y.chunk(2, -1)
             y = up * self.fused.act_fn(gate)
         elif self.fused.has_gate:
+            if self.alternate and not self.stacks["up"].together:
+                y = torch.stack(y.chunk(2, -1), -1).flatten(-2)
             y = self.fused._apply_gate(y)
         else:
             y = self.fused.act_fn(y)
@@ -124,11 +136,15 @@ class PackedExperts(nn.Module):
 
     def _bias(self, side: str) -> torch.Tensor | None:
         """(E, N), this rank's part: of the second projection the first rank has it all."""
-        bias = next((p for n, p in self._parameters.items() if LEAVES.get(n.removesuffix("_bias")) == side), None)
-        held = self.stacks[side].held
+        stack, held = self.stacks[side], self.stacks[side].held
+        names = [f"{side}_bias", *(f"{leaf}_bias" for leaf, of in LEAVES.items() if of == side)]
+        bias = next((p for name in names if (p := self._parameters.get(name)) is not None), None)
         if bias is None or (side == "down" and self.rank):
             return None
-        return bias if held.rows_held is None else bias[:, slice(*held.rows_held)].contiguous()
+        if held.rows_held is None:
+            return bias
+        parts = bias.view(len(bias), len(stack.parts), -1)
+        return parts[:, :, slice(*held.rows_held)].flatten(1)
 
     def _product(
         self, side: str, x: torch.Tensor, ends: torch.Tensor, expert: torch.Tensor, bias: torch.Tensor | None
@@ -184,12 +200,24 @@ class PackedExperts(nn.Module):
     def pack(self, codes: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The tensors of one projection of all experts on disk -> its parameters."""
         side = codes.removesuffix("_codes")
-        return {f"{side}_{name}": t for name, t in self.stacks[side].pack(tensors).items()}
+        stack, biases = self.stacks[side], {}
+        if stack.biases:
+            each = [[f"{e}.{part}.bias" for part in stack.parts] for e in range(stack.experts)]
+            if missing := [name for names in each for name in names if name not in tensors]:
+                raise InputError(f"{missing[0]} is missing")
+            bias = torch.stack([torch.cat([tensors.pop(name) for name in names]) for names in each])
+            biases = {f"{side}_bias": bias.to(self.dtype)}
+        return {**{f"{side}_{name}": t for name, t in stack.pack(tensors).items()}, **biases}
 
     def unpack(self, codes: str, held: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The parameters of one projection -> the tensors on disk."""
         side = codes.removesuffix("_codes")
-        return self.stacks[side].unpack({name.removeprefix(f"{side}_"): t for name, t in held.items()})
+        stack, own = self.stacks[side], {name.removeprefix(f"{side}_"): t for name, t in held.items()}
+        found = stack.unpack({name: t for name, t in own.items() if name != "bias"})
+        for e, bias in enumerate(own.get("bias", ())):
+            for part, t in zip(stack.parts, bias.chunk(len(stack.parts)), strict=True):
+                found[f"{e}.{part}.bias"] = t.clone()
+        return found
 
     # looking inside --------------------------------------------------------------------------------------------------
 
@@ -205,13 +233,22 @@ class PackedExperts(nn.Module):
         fused = self.fused
         ups = "gate_up_proj" if self.alone or fused.has_gate else "up_proj"
         for name, side in ((ups, "up"), ("down_proj", "down")):
-            weight = self.decoded(side, dtype)
+            weight = self._in_turn(side, self.decoded(side, dtype))
             weight = weight.transpose(1, 2).contiguous() if self.transposed else weight
             fused.register_parameter(name, nn.Parameter(weight))
+            if self.stacks[side].biases:
+                bias = self._in_turn(side, self.get_parameter(f"{side}_bias").detach())
+                fused.register_parameter(f"{name}_bias", nn.Parameter(bias.to(dtype or self.dtype)))
         for name, parameter in self._parameters.items():
             if name.endswith("_proj_bias") and parameter is not None:
                 fused.register_parameter(name, nn.Parameter(parameter.detach().to(dtype or self.dtype)))
         return fused
+
+    def _in_turn(self, side: str, rows: torch.Tensor) -> torch.Tensor:
+        """Rows (E, N, ...) as transformers has them: those of gate and up alternate in some models."""
+        if side == "down" or not self.alternate or self.stacks[side].together:
+            return rows
+        return torch.stack(rows.chunk(2, 1), 2).flatten(1, 2)
 
     def extra_repr(self) -> str:
         what = []

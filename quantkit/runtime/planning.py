@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -63,7 +63,7 @@ class Plan:
             found |= {f"{owner}.{name}": Place(owner, CODES, name) for name in held.specs()}
         for owner, stacks in self.experts.items():
             for side, stack in stacks.items():
-                names = [f"{side}_{name}" for name in stack.specs()]
+                names = [f"{side}_{name}" for name in (*stack.specs(), *(["bias"] if stack.biases else []))]
                 found |= {f"{owner}.{name}": Place(owner, f"{side}_codes", name) for name in names}
         return found
 
@@ -270,6 +270,7 @@ def _without_files(model: nn.Module, form: Format, read: Any, found: Plan) -> No
 # Experts -------------------------------------------------------------------------------------------------------------
 
 _ONE = re.compile(r"(.+)\.(\d+)\.(\w+)$")  # ...experts.3.gate_proj
+SIDES_BIAS = {side: {f"{leaf}_bias" for leaf, of in LEAVES.items() if of == side} for side in SIDES}
 _PARTS = {"gate_proj": ("up", 0), "up_proj": ("up", 1), "down_proj": ("down", 0)}
 
 
@@ -318,8 +319,6 @@ def add_experts(
     alone = not hasattr(fused, "has_gate")
     if alone and type(fused).__name__ != "Llama4TextExperts":
         raise NotHeld(f"{owner} is {type(fused).__name__}, whose experts are run by code of their own")
-    if not alone and not fused.is_concatenated and experts[0].number is not None:
-        raise NotHeld(f"{owner} has rows of gate and up that alternate, and {experts[0].layer} is one of them alone")
     gated = alone or fused.has_gate
     hidden, inner = fused.down_proj.shape[1:]
     if alone or fused.is_transposed:
@@ -336,11 +335,16 @@ def add_experts(
         rows = (inner * ups if together else inner) if side == "up" else hidden
         shape = (int(rows), int(hidden if side == "up" else inner))
         stacks[side] = _stack(opened, form, read, layers, own, names, shape, count, found.fp8)
+        if not together and (SIDES_BIAS[side] & fused._parameters.keys()):
+            stacks[side] = replace(stacks[side], biases=True)
         for x in own:
             for leaf in layers[x.layer]:
                 key = opened.names[packed.tensor_name(x.layer, leaf)].early
                 place = f"{x.name}{leaf}" if together else f"{x.number}.{x.name}.{leaf}"
                 found.places[key] = Place(owner, f"{side}_codes", place)
+            bias = f"{x.layer}.bias"
+            if stacks[side].biases and bias in opened.names:
+                found.places[opened.names[bias].early] = Place(owner, f"{side}_codes", f"{x.number}.{x.name}.bias")
     found.experts[owner] = stacks
 
 

@@ -29,6 +29,7 @@ class Stack:
     together  a file has all experts in one tensor
     ordered   columns of a group are brought side by side (GPTQ's act-order)
     uneven    parts have global scales that differ (NVFP4)
+    biases    a file has a bias for each expert and part
     """
 
     held: Held
@@ -37,6 +38,7 @@ class Stack:
     together: bool = False
     ordered: bool = False
     uneven: bool = False
+    biases: bool = False
 
     @property
     def disk(self) -> Disk:

@@ -18,7 +18,7 @@ from quantkit.experts import is_fused
 from quantkit.formats import compressed_tensors
 from quantkit.formats.compressed_tensors import read_config
 from quantkit.formats.compressed_tensors import words as in_words
-from quantkit.runtime.planning import Files, NotHeld
+from quantkit.runtime.planning import Files, NotHeld, expert_of
 
 logger = logging.getLogger("quantkit")
 
@@ -89,8 +89,16 @@ def _check_experts(model: nn.Module, content: dict[str, Any], files: Sequence[st
     except NotHeld:
         return
     inputs: str | None = None
+    modules = dict(model.named_modules())
     for key, name in opened.names.items():
         layer = key.rpartition(".")[0]
+        expert = expert_of(layer, name, modules) if key.endswith("weight_packed") else None
+        kind = "" if expert is None else type(modules[expert.owner]).__name__
+        if kind not in ("", "Llama4TextExperts") and name.part is None:
+            raise InputError(
+                f"{layer}: is an expert of {kind}, whose experts transformers' own loader looks for in one tensor; "
+                "load them packed, or quantkit convert FOLDER --to dense, and load that"
+            )
         group = config.group_for(layer) if name.part is not None else None
         if group is None:
             continue
