@@ -28,6 +28,7 @@ from quantkit.types import TensorSpec
 # How transformers merges the tensors of experts that can be taken apart: stacked, and gate on top of up.
 _MERGES = (["MergeModulelist"], ["MergeModulelist", "Concatenate"])
 _ONE = re.compile(r"\.(\d+)\.(\w+)\.weight$")  # ...experts.3.gate_proj.weight
+_ALONE = re.compile(r"(.+)\.(\d+)\.(\w+)\.(weight|bias)$")
 _PROJECTIONS = {"gate_up_proj": ("gate_proj", "up_proj"), "up_proj": ("up_proj",), "down_proj": ("down_proj",)}
 
 
@@ -165,3 +166,44 @@ def _pieces(
             rows = (i, outputs, len(names)) if apart else (i * each, (i + 1) * each, 1)
             piece = Piece(key, e, rows, turned and not bias, TensorSpec(spec.dtype, size))
             yield f"{owner}.{e}.{name}.{kind}", f"{key.rpartition('.')[0]}.{e}.{name}.{kind}", piece
+
+
+# Back together -------------------------------------------------------------------------------------------------------
+
+
+def together(model: Any, name: str) -> str | None:
+    """The tensor, in a model's memory, of all experts that one of a single expert's projection belongs to.
+
+    name  in memory, as transformers' table makes it: "...experts.3.gate_proj.weight" -> "...experts.gate_up_proj"
+    None where a model has no such tensor, or its table merges by itself.
+    """
+    found = _ALONE.match(name)
+    owner = None if found is None else dict(model.named_modules()).get(found[1])
+    if found is None or owner is None or not is_fused(owner):
+        return None
+    bias = "_bias" if found[4] == "bias" else ""
+    whole = (f"{leaf}{bias}" for leaf, parts in _PROJECTIONS.items() if found[3] in parts)
+    return next((f"{found[1]}.{leaf}" for leaf in whole if leaf in owner._parameters), None)
+
+
+def gathered(model: Any, names: Mapping[str, str], dtype: str) -> dict[str, tuple[TensorSpec, dict[str, Piece]]]:
+    """Tensors of all experts, as the files of a model have them, that are to be put together from those of each.
+
+    model  on meta; its experts are taken apart
+    names  name on disk -> in memory, of tensors of one expert's projection: weights and biases
+    dtype  safetensors' name of the dtype that they get
+    Returns the tensor's name on disk -> what it will be, and which of `names` it consists of.
+    """
+    converters = [c for c in get_model_conversion_mapping(model) if isinstance(c, WeightConverter)]
+    specs: dict[str, TensorSpec] = {}
+    for key, name in names.items():
+        if (whole := together(model, name)) is None:
+            continue
+        shape = tuple(model.get_parameter(whole).shape)
+        steps = [op for c in converters if any(whole.endswith(p) for p in c.source_patterns) for op in c.operations]
+        if steps and not (getattr(steps[0], "check_dims", False) and shape[1] == shape[2]):
+            shape = (shape[0], shape[2], shape[1])
+        prefix = key.rsplit(".", 3)[0]  # without 3.gate_proj.weight
+        specs[f"{prefix}.{whole.rpartition('.')[2]}"] = TensorSpec(dtype, shape)
+    found = take_apart(model, specs)
+    return {disk: (specs[disk], {alone: piece for _, alone, piece in own}) for disk, own in found.pieces.items()}

@@ -12,16 +12,14 @@ multiplies with; how inputs were quantized is no part of it.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from quantkit import formats, hub, numerics, output, packed
+from quantkit import formats, hub, numerics, output, packed, stacking
 from quantkit.checkpoint import DTYPES, ShardWriter, bits_per_weight, nbytes
 from quantkit.errors import InputError
 from quantkit.formats import awq, gptq
@@ -35,7 +33,6 @@ from quantkit.types import Format, QParams, QuantizedTensor, Scheme, TensorSpec
 DENSE = "dense"
 CONFIG = "config.json"
 MAX_WORKERS = 8  # layers at once: each takes about ten times its packed size while it is converted
-_FLOATS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 # Every tensor that a format has for a packed layer. One of another name would be lost without a word.
 _PARTS = {
     *("weight", "weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_global_scale"),
@@ -52,6 +49,7 @@ class Plan:
     dtype    safetensors' name of what scales, or dense weights, are stored as
     layers   the packed layers with the schemes that they will have
     specs    every tensor of the output, in the order of writing
+    wholes   those of a dense output that hold all experts of a layer
     """
 
     source: Packed
@@ -62,6 +60,7 @@ class Plan:
     specs: dict[str, TensorSpec]
     schemes: dict[str, Scheme | None]
     warnings: tuple[str, ...] = ()
+    wholes: stacking.Wholes = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -131,10 +130,10 @@ def make(folder: Path, to: str) -> Plan:
     source = packed.open_folder(folder)
     _check(source, to)
     target = None if to == DENSE else formats.get(to)
-    model = _model_dtype(source)
+    model = packed.model_dtype(source)
     dtype = model if target is None else formats.scale_dtype(target, model)
     layers = _layers(source, to)
-    schemes: dict[str, Scheme | None] = dict.fromkeys(_dense(source))
+    schemes: dict[str, Scheme | None] = dict.fromkeys(packed.dense_linears(source))
     schemes |= {name: layer.scheme for name, layer in layers.items()}
     if target is not None:
         target.config(schemes)  # mixed schemes, and what else is a matter of all layers together
@@ -154,7 +153,9 @@ def make(folder: Path, to: str) -> Plan:
     inputs = sorted({x.scheme.activations.number for x in layers.values() if x.scheme.activations is not None})
     if target is None and inputs:
         warnings.append(f"inputs, which are {' and '.join(inputs)} in the source, are not quantized in a dense copy")
-    return Plan(source, to, target, dtype, layers, specs, schemes, tuple(warnings))
+    wholes = stacking.wholes(source, dtype) if target is None else {}
+    specs = stacking.replaced(specs, wholes)
+    return Plan(source, to, target, dtype, layers, specs, schemes, tuple(warnings), wholes)
 
 
 def _check(source: Packed, to: str) -> None:
@@ -203,39 +204,6 @@ def _tensors(layer: Layer, target: Format | None, dtype: str) -> dict[str, Tenso
         raise InputError(f"{layer.name} {layer.shape[0]}x{layer.shape[1]}: {e}") from None
 
 
-def _model_dtype(source: Packed) -> str:
-    """Safetensors' name of the model's dtype, from config.json or, without it there, from the dense tensors."""
-    text = source.config.get("text_config")
-    for place in (source.config, text if isinstance(text, Mapping) else {}):
-        for key in ("dtype", "torch_dtype"):
-            name = str(place.get(key)).removeprefix("torch.")
-            if name in _FLOATS:
-                return _FLOATS[name]
-    parts = {packed.tensor_name(x.name, leaf) for x in source.layers.values() for leaf in x.parts}
-    found = [s.dtype for n, s in source.checkpoint.specs.items() if n not in parts and s.dtype in _FLOATS.values()]
-    if not found:
-        raise InputError(f"{source.folder / CONFIG}: has no dtype, and no dense tensor tells the model's")
-    return max(sorted(set(found)), key=found.count)
-
-
-def _dense(source: Packed) -> list[str]:
-    """Linear layers that are not packed: matrices on disk but embeddings, the head, and what the source's config names.
-
-    A head that shares the embedding's weight has no tensor, and must still be said to be dense.
-    """
-    found = {"lm_head"}
-    for name, spec in source.checkpoint.specs.items():
-        layer, _, leaf = name.rpartition(".")
-        own = layer.rpartition(".")[2]
-        if leaf == "weight" and len(spec.shape) == 2 and "embed" not in own and own not in ("wte", "wpe"):
-            found.add(layer)
-    for pattern in source.read.ignore:
-        plain = re.fullmatch(r"[\w.]+", pattern) is not None
-        if plain and not any(pattern in name for name in (*found, *source.layers)):
-            found.add(pattern)
-    return sorted(found - source.layers.keys(), key=natural)
-
-
 # Writing -------------------------------------------------------------------------------------------------------------
 
 
@@ -248,7 +216,9 @@ def _write(plan: Plan, folder: Path, shard_bytes: int, progress: Progress) -> di
     writer = ShardWriter(folder, plan.specs, shard_bytes)
     try:
         for name in plan.specs:
-            if not _is_packed(plan, name):
+            if name in plan.wholes:
+                writer.write(name, stacking.put_together(*plan.wholes[name], lambda n: _of_expert(plan, n)))
+            elif not _is_packed(plan, name):
                 writer.write(name, source.checkpoint.read(name))
         _layers_at_once(plan, writer, progress)
         weights = writer.close()
@@ -263,6 +233,12 @@ def _write(plan: Plan, folder: Path, shard_bytes: int, progress: Progress) -> di
     return {"weights": weights, **files}
 
 
+def _of_expert(plan: Plan, name: str) -> torch.Tensor:
+    """The decoded weight of one expert's projection, or its bias."""
+    layer, _, leaf = name.rpartition(".")
+    return _convert(plan, layer)["weight"] if leaf == "weight" else plan.source.checkpoint.read(name)
+
+
 def _layers_at_once(plan: Plan, writer: ShardWriter, progress: Progress) -> None:
     """Converts and writes the packed layers, one a core: their places in the file are known, so order does not matter.
 
@@ -275,11 +251,11 @@ def _layers_at_once(plan: Plan, writer: ShardWriter, progress: Progress) -> None
             writer.write(f"{name}.{leaf}", tensor)
 
     threads = torch.get_num_threads()
-    workers = min(threads, MAX_WORKERS)
-    progress.begin(len(plan.layers), "layer")
+    workers, layers = min(threads, MAX_WORKERS), [x for x in plan.layers if not _together(plan, x)]
+    progress.begin(len(layers), "layer")
     pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
     try:
-        work = [(name, pool.submit(one, name)) for name in plan.layers]
+        work = [(name, pool.submit(one, name)) for name in layers]
         for k, (name, done) in enumerate(work, 1):
             progress.item(k, name)
             done.result()
@@ -287,6 +263,10 @@ def _layers_at_once(plan: Plan, writer: ShardWriter, progress: Progress) -> None
         pool.shutdown(cancel_futures=True)
         torch.set_num_threads(threads)
     progress.end()
+
+
+def _together(plan: Plan, layer: str) -> bool:
+    return any(f"{layer}.weight" in pieces for _, pieces in plan.wholes.values())
 
 
 def _is_packed(plan: Plan, name: str) -> bool:

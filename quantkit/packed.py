@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from quantkit.types import Format, QuantizedTensor, Scheme, TensorSpec
 # Tensors beside the packed ones of a layer that are no part of its weight: its bias, the scales of a KV cache.
 KV_SCALES = ("q_scale", "k_scale", "v_scale", "output_scale")
 BESIDE = ("bias", "_bias", *KV_SCALES)
+_FLOATS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 # One of these keys is in every config that tools put beside config.json.
 _SIGNS = {"quant_method", "quantization", "bits", "wbits", "w_bit"}
 
@@ -137,3 +139,36 @@ def shape_of(
 def natural(name: str) -> list[tuple[int, int, str]]:
     """Key that sorts names of layers by their numbers: layers.2 before layers.10."""
     return [(0, int(p), "") if p.isdigit() else (1, 0, p) for p in name.split(".")]
+
+
+def model_dtype(source: Packed) -> str:
+    """Safetensors' name of the model's dtype, from config.json or, without it there, from the dense tensors."""
+    text = source.config.get("text_config")
+    for place in (source.config, text if isinstance(text, Mapping) else {}):
+        for key in ("dtype", "torch_dtype"):
+            name = str(place.get(key)).removeprefix("torch.")
+            if name in _FLOATS:
+                return _FLOATS[name]
+    parts = {tensor_name(x.name, leaf) for x in source.layers.values() for leaf in x.parts}
+    found = [s.dtype for n, s in source.checkpoint.specs.items() if n not in parts and s.dtype in _FLOATS.values()]
+    if not found:
+        raise InputError(f"{source.folder / 'config.json'}: has no dtype, and no dense tensor tells the model's")
+    return max(sorted(set(found)), key=found.count)
+
+
+def dense_linears(source: Packed) -> list[str]:
+    """Linear layers that are not packed: matrices on disk but embeddings, the head, and what the source's config names.
+
+    A head that shares the embedding's weight has no tensor, and must still be said to be dense.
+    """
+    found = {"lm_head"}
+    for name, spec in source.checkpoint.specs.items():
+        layer, _, leaf = name.rpartition(".")
+        own = layer.rpartition(".")[2]
+        if leaf == "weight" and len(spec.shape) == 2 and "embed" not in own and own not in ("wte", "wpe"):
+            found.add(layer)
+    for pattern in source.read.ignore:
+        plain = re.fullmatch(r"[\w.]+", pattern) is not None
+        if plain and not any(pattern in name for name in (*found, *source.layers)):
+            found.add(pattern)
+    return sorted(found - source.layers.keys(), key=natural)

@@ -62,6 +62,7 @@ LAYERS = (
         "quantkit.allocation",
         "quantkit.repair",
         "quantkit.convert",
+        "quantkit.stacking",
         "quantkit.loading",
         "quantkit.runtime",
         "quantkit.inspection",

@@ -17,6 +17,7 @@ from torch import nn
 from transformers import AutoConfig
 
 from quantkit import formats, hub, packed, skeleton
+from quantkit.apart import together
 from quantkit.checkpoint import INDEX, Checkpoint
 from quantkit.errors import InputError
 from quantkit.types import Scheme, TensorSpec
@@ -313,6 +314,8 @@ class _Place:
         experts: dict[str, int] = defaultdict(int)
         for key in _dense_names(checkpoint.specs, packed):
             name, merged = in_memory(key)
+            if name not in wanted and (whole := together(model, name)) is not None:
+                name, merged = whole, True
             if name not in wanted:
                 self.left_over.append(key)
                 continue
