@@ -17,12 +17,14 @@ _LAZY = {
     "quantize": "quantkit.api",
     "validate": "quantkit.api",
     "load": "quantkit.api",
+    "push": "quantkit.hub_push",
+    "run": "quantkit.job",
     "generate": "quantkit.runtime.generate",
     "KVCache": "quantkit.runtime.kv_cache",
     "Recipe": "quantkit.recipe",
 }
 
-__all__ = ["KVCache", "Recipe", "generate", "load", "quantize", "validate"]
+__all__ = ["KVCache", "Recipe", "generate", "load", "push", "quantize", "run", "validate"]
 
 
 def __getattr__(name: str) -> Any:

@@ -18,6 +18,7 @@ from pydantic import ValidationError
 
 from quantkit import allocation, calibration, estimate, hub, output, pipeline, repair, validation
 from quantkit import plan as planning
+from quantkit.checkpoint import Shards
 from quantkit.errors import GateError, InputError, MissingError
 from quantkit.loading import load
 from quantkit.profile import Profile
@@ -62,6 +63,7 @@ def quantize(
     overwrite: bool = False,
     profile: bool = False,
     calibration_data: Iterable[Any] | None = None,
+    shards: Shards | None = None,
     progress: Progress | None = None,
 ) -> Result:
     """Quantizes a model, writes it, reloads it from disk and checks its gates.
@@ -75,6 +77,7 @@ def quantize(
     profile    say at the end where the time went; on a GPU it waits for each part, which costs a little
     calibration_data  texts, or chats as lists of {"role", "content"}, in place of the recipe's calibration.data; read
                       once, and only as far as the rows need
+    shards     is told of each file of weights when it is whole
 
     A gate that fails does not raise: the output is kept, marked as failed, and `result.validation.status` says so.
     Raises InputError or MissingError when it cannot be done, and then nothing is left behind; GateError when the output
@@ -102,9 +105,11 @@ def quantize(
     if settled.validation is not None and settled.validation.repair is not None:
         repair.check(plan, settled.validation.repair)
     timed = Profile(where, on=profile)
-    run = _Run(where, progress, timed, calibration_data, chosen)
+    run = _Run(where, progress, timed, calibration_data, chosen, shards)
     with output.staged(folder) as staging:
         summary, proof, unusable = _repaired(plan, staging, run)
+        if shards is not None:
+            shards.dropped() if summary["status"] == FAILED else shards.wait()
         for line in timed.lines():
             progress.say(line)
     if unusable is not None:
@@ -121,6 +126,7 @@ class _Run:
     profile: Profile
     texts: Any
     allocation: dict[str, Any] | None
+    shards: Shards | None
 
 
 _Outcome = tuple[dict[str, Any], Validation | None, GateError | None]
@@ -140,6 +146,8 @@ def _repaired(plan: planning.Plan, staging: Path, run: _Run) -> _Outcome:
         names = ", ".join(step.groups[:3]) + (f" and {len(step.groups) - 3} more" if len(step.groups) > 3 else "")
         failed = "; ".join(gate.said(g) for g in proof.gates if not g.passed)
         run.progress.say(f"repair: {failed}. Again, with {step.scheme} for {names}")
+        if run.shards is not None:
+            run.shards.dropped()
         output.empty(staging)
         summary, proof, unusable = _once(step.plan, staging, run)
         steps.append(
@@ -167,6 +175,7 @@ def _once(plan: planning.Plan, staging: Path, run: _Run) -> _Outcome:
         progress=run.progress,
         profile=run.profile,
         calibration_data=run.texts,
+        shards=run.shards,
     )
     (staging / output.RECIPE).write_text(plan.recipe.to_yaml(), "utf-8")
     summary = {**_summary(plan, done), "allocation": run.allocation}

@@ -82,6 +82,12 @@ def base_of(folder: Path, summary: Mapping[str, Any], api: Any) -> Base:
     return Base(hub_id or short.split("/")[-1], hub_id, revision, gated, front, _terms(text))
 
 
+def format_of(summary: Mapping[str, Any]) -> str:
+    """The checkpoint format of an output: what it was converted to, or what its recipe says."""
+    converted = summary.get("converted_from") or {}
+    return str(converted.get("to") or Recipe.from_any(summary["recipe"]).export.format)
+
+
 def _card_of(file: Path) -> tuple[dict[str, Any], str]:
     """Front matter and text of the card that the output has from its original; empty when there is none."""
     from huggingface_hub import ModelCard
@@ -149,7 +155,7 @@ def _front(summary: Mapping[str, Any], base: Base, recipe: Recipe, validation: M
 
     source = (summary.get("data") or {}).get("source") or {}
     kept: dict[str, Any] = {key: base.front.get(key) for key in ("license", "license_name", "license_link", "language")}
-    tags = ["quantkit", recipe.scheme.label, str(recipe.export.format)]
+    tags = ["quantkit", recipe.scheme.label, format_of(summary)]
     if summary["status"] != "validated":
         tags.append(str(summary["status"]))
     results = _results(validation)
@@ -195,7 +201,7 @@ def _done(summary: Mapping[str, Any], recipe: Recipe) -> list[list[str]]:
     rows = [
         ["scheme", recipe.scheme.label],
         ["method", method],
-        ["format", str(recipe.export.format)],
+        ["format", format_of(summary)],
         ["layers quantized", str(len(layers))],
     ]
     if layers:

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import json
 import os
+import threading
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -263,21 +265,40 @@ def lay_out(specs: Mapping[str, TensorSpec], shard_size: int) -> tuple[dict[str,
     return places, headers
 
 
+class Shards(Protocol):
+    """Whoever wants to know when a shard is whole, as one who sends it somewhere while the next is written."""
+
+    def finished(self, file: Path) -> None:
+        """All tensors of the file are in it and on the disk. Must not take long."""
+
+    def dropped(self) -> None:
+        """The files so far are not wanted any more, and go away."""
+
+    def wait(self) -> None:
+        """The files are wanted and about to move: returns when they may."""
+
+
 class ShardWriter:
     """Writes tensors into shards that are laid out beforehand, in any order, each exactly once.
 
     folder      an existing folder
     specs       every tensor that will be written
     shard_size  bytes of tensors a shard
+    shards      is told of each file when it is whole
 
     Raises MissingError when the disk has no room for the whole checkpoint, before anything is computed.
     """
 
-    def __init__(self, folder: Path, specs: Mapping[str, TensorSpec], shard_size: int) -> None:
+    def __init__(
+        self, folder: Path, specs: Mapping[str, TensorSpec], shard_size: int, shards: Shards | None = None
+    ) -> None:
         self.folder = folder
+        self._shards = shards
         self._specs = dict(specs)
         self._places, headers = lay_out(specs, shard_size)
         self._left = set(specs)
+        self._lock = threading.Lock()  # tensors may come from several threads
+        self._missing = Counter(place.shard for place in self._places.values())
         self._files: dict[str, int] = {}
         ends: dict[str, int] = {shard: len(header) for shard, header in headers.items()}
         for place in self._places.values():
@@ -308,7 +329,13 @@ class ShardWriter:
         while data:
             count = os.pwrite(self._files[place.shard], data, offset)
             offset, data = offset + count, data[count:]
-        self._left.remove(name)
+        with self._lock:
+            self._left.remove(name)
+            self._missing[place.shard] -= 1
+            whole = not self._missing[place.shard]
+        if self._shards is not None and whole:
+            os.fsync(self._files[place.shard])
+            self._shards.finished(self.folder / place.shard)
 
     def close(self) -> list[str]:
         """Makes everything durable and writes the index. Returns the files written. All tensors must be there."""

@@ -149,6 +149,8 @@ def quantize(
 
     api = _api()
     with Progress.for_terminal() as progress:
+        if resolved.push is not None:
+            progress.say("the recipe's push is for quantkit run; quantize pushes nothing")
         result = api.quantize(
             resolved, out=out, device=device.value, overwrite=overwrite, profile=profile, progress=progress
         )

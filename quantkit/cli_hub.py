@@ -1,22 +1,63 @@
-"""The commands that speak with the Hub: push. cli.py adds them to the others."""
+"""The commands that write to the Hub: push, run. cli.py adds them to the others."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from quantkit.cli_running import Device, DeviceOption
+from quantkit.errors import GateError
+
+if TYPE_CHECKING:
+    from quantkit.hub_push import Pushed
 
 
 def add(app: typer.Typer, guarded: Callable[[Any], Any]) -> None:
     """Adds the commands. guarded: turns what a command raises into a sentence and an exit code."""
-    app.command()(guarded(push))
+    for command in (run, push):
+        app.command()(guarded(command))
+
+
+def run(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file with push.", show_default=False)],
+    model: Annotated[str | None, typer.Option("--model", help="Instead of the recipe's model.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder to write; made when missing.")] = None,
+    sets: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Replaces one value of the recipe: push.repo=me/name."),
+    ] = None,
+    device: DeviceOption = Device.auto,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an output of an earlier run.")] = False,
+    profile: Annotated[bool, typer.Option("--profile", help="Say at the end where the time went.")] = False,
+) -> None:
+    """Quantize, validate and push in one go, as the recipe says; a gate that fails pushes nothing."""
+    from quantkit.recipe import Recipe
+
+    resolved = Recipe.load(recipe, sets or (), model=model)
+    from transformers.utils import logging
+
+    from quantkit import job, report
+    from quantkit.progress import Progress
+
+    logging.disable_progress_bar()
+    with Progress.for_terminal() as progress:
+        done = job.run(resolved, out=out, device=device.value, overwrite=overwrite, profile=profile, progress=progress)
+    report.print_result(done.result.summary, str(done.result.out))
+    if done.pushed is None:
+        validation = done.result.validation
+        raise GateError(f"{validation.message if validation else 'a gate failed'}; nothing was pushed")
+    report.print_section(_section(done.pushed))
 
 
 def push(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="What quantize wrote.", show_default=False)],
-    repo: Annotated[str, typer.Argument(metavar="REPO", help="NAME or OWNER/NAME on the Hub.", show_default=False)],
+    repo: Annotated[
+        str | None,
+        typer.Argument(metavar="[REPO]", help="NAME or OWNER/NAME on the Hub; else MODEL-SCHEME.", show_default=False),
+    ] = None,
     private: Annotated[
         bool, typer.Option("--private/--public", help="Who may see a repository that is made for it.")
     ] = True,
@@ -30,12 +71,11 @@ def push(
     ] = False,
 ) -> None:
     """Push a validated output to the Hub with a model card, and check what arrived."""
-    from quantkit import push as pushing
-    from quantkit import report
+    from quantkit import hub_push, report
     from quantkit.progress import Progress
 
     with Progress.for_terminal() as progress:
-        done = pushing.push(
+        done = hub_push.push(
             folder,
             repo,
             private=private,
@@ -45,6 +85,12 @@ def push(
             base_public_ok=base_public_ok,
             progress=progress,
         )
+    report.print_section(_section(done))
+
+
+def _section(done: Pushed) -> dict[str, Any]:
+    from quantkit import report
+
     facts = [
         ("commit", f"{done.commit} on {done.revision}"),
         ("files", f"{done.files}, {report.size(done.bytes)}; all as on disk by the Hub's hashes"),
@@ -52,4 +98,4 @@ def push(
     ]
     if done.pull_request is not None:
         facts.append(("pull request", done.pull_request))
-    report.print_section({"title": done.url, "facts": facts})
+    return {"title": done.url, "facts": facts}

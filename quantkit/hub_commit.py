@@ -28,6 +28,11 @@ class Place:
     fresh: bool
     pull_request: bool
 
+    @property
+    def sends_to(self) -> str:
+        """The branch that uploads are asked for on: there must be one."""
+        return "main" if self.fresh else self.branch
+
 
 @dataclass(frozen=True)
 class PullRequest:

@@ -23,7 +23,7 @@ import torch
 
 from quantkit import blocks, calibration, folding, formats, kv_cache, observation, skeleton, solve, streaming, tuning
 from quantkit import plan as planning
-from quantkit.checkpoint import DTYPES, ShardWriter
+from quantkit.checkpoint import DTYPES, Shards, ShardWriter
 from quantkit.errors import InputError
 from quantkit.experts import FEW, coverage
 from quantkit.hub import read_json
@@ -68,18 +68,20 @@ def quantize(
     progress: Progress,
     profile: Profile | None = None,
     calibration_data: Iterable[Any] | None = None,
+    shards: Shards | None = None,
 ) -> dict[str, Any]:
     """Quantizes a planned model into an empty folder; returns what quantkit.json says of the layers, data and files.
 
     device   where blocks are computed; on the CPU in float32, on a GPU in the checkpoint's dtype
     profile  takes the seconds of each part of the work
     calibration_data  texts or chats in place of the recipe's; read once
+    shards   is told of each file of weights when it is whole
     """
     for warning in plan.warnings:
         progress.warn(warning)
     rows = _rows(plan, progress, calibration_data)
     dtype = torch.float32 if device.type == "cpu" else plan.skeleton.dtype
-    writer = ShardWriter(folder, plan.specs, plan.recipe.export.shard_bytes)
+    writer = ShardWriter(folder, plan.specs, plan.recipe.export.shard_bytes, shards)
     run = Run(plan, writer, device, dtype, progress, profile or Profile(device, on=False))
     try:
         if rows is None:

@@ -179,7 +179,7 @@ class _Answers(BaseHTTPRequestHandler):
     # Accounts and repositories
 
     def _whoami(self, body: bytes) -> dict[str, Any]:
-        token = {"type": "access_token", "accessToken": {"displayName": "test", "role": "write"}}
+        token = {"type": "access_token", "accessToken": {"displayName": "test", "role": self.hub.role}}
         return {"type": "user", "id": "1", "name": self.hub.user, "orgs": [], "auth": token}
 
     def _create(self, body: bytes) -> dict[str, Any] | None:

@@ -56,6 +56,7 @@ class Store:
     def __init__(self, *, large: int = 10_000_000, multipart: int | None = None) -> None:
         self.large, self.multipart = large, multipart
         self.user, self.token = "alice", "hf_SecretOfTheTests0123456789abcdef"
+        self.role = "write"  # of the token
         self.repos: dict[str, Repo] = {}
         self.blobs: dict[str, bytes] = {}
         self.parts: dict[tuple[str, int], bytes] = {}

@@ -31,6 +31,7 @@ LAYERS = (
         "quantkit.hub",
         "quantkit.hub_calls",
         "quantkit.hub_commit",
+        "quantkit.hub_ahead",
         "quantkit.strict_yaml",
     ),
     (
@@ -75,7 +76,8 @@ LAYERS = (
         "quantkit.report",
         "quantkit.doctor",
         "quantkit.card",
-        "quantkit.push",
+        "quantkit.hub_push",
+        "quantkit.job",
     ),
     ("quantkit.cli", "quantkit.cli_running", "quantkit.cli_hub", "quantkit.__main__", "quantkit"),
 )

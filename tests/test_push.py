@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
-import logging
 import os
 import re
 import shutil
@@ -13,20 +10,17 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
-from hub_client import connect
+from hub_client import REPO, World, opened
 from hub_server import HubServer
 
-from quantkit import api, hub_calls, hub_commit, push
+from quantkit import api, convert, hub_commit, hub_push
 from quantkit.errors import GateError, InputError, MissingError, QuantkitError
-from quantkit.progress import Progress
 
-REPO = "alice/tiny-W4A16"
 CARD = """---
 license: cc-by-sa-4.0
 language: [en]
@@ -67,33 +61,10 @@ def folder(made: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(made, tmp_path / "out"))
 
 
-@dataclass
-class World:
-    """A Hub, what was waited for, and everything that was printed or logged."""
-
-    hub: HubServer
-    waits: list[float]
-    said: io.StringIO
-
-    def push(self, folder: Path, repo: str = REPO, **how: Any) -> push.Pushed:
-        return push.push(folder, repo, progress=Progress(self.said), **how)
-
-
 @pytest.fixture
 def world(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[World]:
-    said = io.StringIO()
-    handler = logging.StreamHandler(said)
-    logging.getLogger("huggingface_hub").addHandler(handler)
-    with HubServer() as hub:
-        waits = connect(monkeypatch, hub, tmp_path / "cache")
-        monkeypatch.setattr(hub_calls, "_sleep", waits.append)
-        with contextlib.redirect_stderr(said):
-            yield World(hub, waits, said)
-        assert hub.token not in said.getvalue()
-        for repo in hub.repos:
-            for branch in hub.repos[repo].branches:
-                assert not any(hub.token.encode() in content for content in hub.files(repo, branch).values())
-    logging.getLogger("huggingface_hub").removeHandler(handler)
+    with opened(monkeypatch, tmp_path) as world:
+        yield world
 
 
 def change(folder: Path, **values: Any) -> None:
@@ -116,12 +87,27 @@ def test_everything_arrives(world: World, folder: Path) -> None:
     assert again.commit == done.commit and len(world.hub.sent) == 1, "nothing changed, so nothing is sent"
 
 
+def test_the_name_when_none_is_given(world: World, folder: Path, tmp_path: Path) -> None:
+    """The original's and the scheme's, under whoever is logged in; of another format with its name."""
+    assert world.push(folder, None).repo == "alice/base-W4A16"
+    converted = convert.convert(folder, "gptq", tmp_path / "gptq").out
+    done = world.push(converted, None, unvalidated=True)
+    assert done.repo == "alice/base-W4A16-gptq"
+    assert "| format | gptq |" in world.hub.files(done.repo)["README.md"].decode()
+    summary = json.loads((folder / "quantkit.json").read_text())
+    source = {**summary["source"], "model": "org/Big-1B@main"}
+    assert hub_push.default_name({**summary, "source": source}) == "Big-1B-W4A16"
+    change(folder, source=None)
+    with pytest.raises(InputError, match="does not say which model and recipe"):
+        world.push(folder, None)
+
+
 def test_by_the_command_line_and_back(made: Path, tmp_path: Path) -> None:
     """With the client as it is, settings from the environment; the model that comes back is the one on disk."""
     script = """
 import sys, torch, quantkit
 from quantkit.cli import app
-app(["push", sys.argv[1], sys.argv[2]], standalone_mode=False)
+app(["push", sys.argv[1]], standalone_mode=False)
 from transformers import AutoModelForCausalLM
 tokens = torch.arange(20)[None]
 here, there = (AutoModelForCausalLM.from_pretrained(x).eval() for x in sys.argv[1:3])
@@ -133,10 +119,10 @@ print("the same")
     with HubServer(multipart=1_000_000) as hub:
         settings = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0", "HF_TOKEN": hub.token}
         environment = {**os.environ, **settings, "HF_HUB_DISABLE_XET": "1", "QUANTKIT_DEBUG": "1"}
-        command = [sys.executable, "-c", script, str(made), REPO]
+        command = [sys.executable, "-c", script, str(made), "alice/base-W4A16"]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr
-        assert done.stdout.endswith("the same\n") and hub.head(REPO) in done.stdout
+        assert done.stdout.endswith("the same\n") and hub.head("alice/base-W4A16") in done.stdout
         assert hub.token not in done.stdout + done.stderr
         assert hub.calls.count("part") == 3
         files = [p for p in tmp_path.rglob("*") if p.is_file()]

@@ -452,6 +452,48 @@ def test_forms_of_a_gate() -> None:
         Recipe.parse("model: m\nscheme: W4A16\nvalidate: {generation: {prompts: 0}, gates: {flips: 0.1}}\n")
 
 
+# Where it goes
+
+
+@pytest.mark.parametrize(
+    ("text", "repo", "private"),
+    [
+        ("org/name", "org/name", True),
+        ("true", None, True),
+        ("{repo: name, private: false}", "name", False),
+        ("{}", None, True),
+    ],
+)
+def test_forms_of_push(text: str, repo: str | None, private: bool) -> None:
+    recipe = Recipe.parse(f"{SHORT}push: {text}\n")
+    assert recipe.push is not None and (recipe.push.repo, recipe.push.private) == (repo, private)
+    assert Recipe.from_any(recipe) == recipe, "a recipe that is handed on still pushes"
+    plain = Recipe.parse(SHORT)
+    assert recipe.to_yaml() == plain.to_yaml() and Recipe.parse(recipe.to_yaml()) == plain, "one that is kept does not"
+    assert Recipe.parse(f"{SHORT}push: {text}\n", overrides=["push.repo=other"]).push.private == private  # type: ignore[union-attr]
+    assert Recipe.parse(f"{SHORT}push: {text}\n", overrides=["push=none"]) == plain
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "push: expected a repository, a mapping, true, or none; got nothing"),
+        ("3", "push: expected a mapping of keys to values, got 3"),
+        ("a/b/c", "push.repo: a/b/c is no name for the Hub: NAME or OWNER/NAME of letters, digits, -, _ and ."),
+        ("{repos: a}", "unknown key push.repos; did you mean repo?"),
+        ("{private: 1}", "push.private: expected true or false, got 1"),
+        ("{revision: ''}", "push.revision: expected text, got ''"),
+    ],
+)
+def test_bad_push(text: str, message: str) -> None:
+    assert refused(f"{SHORT}push: {text}\n") == [f"recipe.yaml:3: {message}"]
+
+
+def test_a_token_in_a_recipe_is_refused_and_not_repeated() -> None:
+    (line,) = refused(f"{SHORT}push: {{repo: a, token: hf_Secret}}\n")
+    assert "unknown key push.token" in line and "hf_Secret" not in line
+
+
 # The schema
 
 
@@ -469,6 +511,7 @@ def test_schema_knows_every_key_of_a_resolved_recipe() -> None:
             assert key in known_keys(schema, path), f"{path} has no {key}"
             check(inner, (*path, key))
 
+    check({"push": Recipe.parse(f"{SHORT}push: true\n").push.model_dump()}, ())  # type: ignore[union-attr]
     for path in RECIPES.glob("*.yaml"):
         check(Recipe.load(path).to_dict(), ())
         check(strict_yaml.parse(path.read_text(), path.name).data, ())

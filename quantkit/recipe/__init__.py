@@ -35,6 +35,9 @@ from quantkit.recipe.effort import Effort, method_of
 from quantkit.recipe.errors import explain, hint, problem, shown
 from quantkit.recipe.named import Method, Transform
 from quantkit.recipe.overrides import override
+from quantkit.recipe.push import Push
+from quantkit.recipe.push import in_schema as _push_in_schema
+from quantkit.recipe.push import spread as _push
 from quantkit.recipe.scheme import FP8_CACHE, NONE, KvCacheSpec, Part, RecipeScheme, SchemeSpec
 from quantkit.recipe.validation import Validation
 from quantkit.strict_yaml import KeyPath
@@ -174,6 +177,13 @@ class Recipe(Part):
         default=Validation(), alias="validate", json_schema_extra=_off_in_schema
     )
     export: Export = Export()
+    push: Annotated[Push | None, BeforeValidator(_push)] = Field(
+        default=None,
+        exclude=True,
+        description="Where quantkit run sends the output when it has passed: a repository, or a mapping of options. It "
+        "is not kept in the output.",
+        json_schema_extra=_push_in_schema,
+    )
 
     @model_validator(mode="after")
     def _quantizes_something(self) -> Recipe:
@@ -246,7 +256,8 @@ class Recipe(Part):
         if isinstance(source, str | Path):
             return cls.load(source, overrides, model=model)
         if isinstance(source, Recipe):
-            source = source.to_dict()
+            push = source.push.model_dump() if source.push is not None else NONE
+            source = {**source.to_dict(), "push": push}
         return cls._build(source, "recipe", {}, overrides, model)
 
     @classmethod
@@ -282,11 +293,11 @@ class Recipe(Part):
         return self.model_copy(update=changes)
 
     def to_dict(self) -> dict[str, Any]:
-        """The resolved recipe as plain values: every default explicit, keys in the order of this class."""
+        """The resolved recipe as plain values, without push: every default explicit, keys in this class's order."""
         return self.model_dump(mode="json", by_alias=True)
 
     def to_yaml(self) -> str:
-        """The resolved recipe as YAML; `parse` reads it back as an equal recipe."""
+        """The resolved recipe as YAML; `parse` reads it back as an equal recipe, but for push."""
         return strict_yaml.dump(self.to_dict())
 
     def assign(self, names: Sequence[str]) -> tuple[dict[str, Scheme | None], list[Rule]]:

@@ -54,6 +54,8 @@ def _spread_short(path: KeyPath, short: Any) -> dict[str, Any]:
         return {}
     if path == ("method",):
         return {short: {}}
+    if path == ("push",):
+        return {"repo": short}
     return {"preset": short} if path[-1] == "scheme" else {}
 
 
