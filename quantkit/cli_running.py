@@ -58,6 +58,9 @@ def bench(
     ] = ("quantkit"),
     device: DeviceOption = Device.auto,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything that was measured as JSON.")] = False,
+    save: Annotated[
+        bool, typer.Option("--save", help="Keep it in DIR as quantkit-bench.json, for the model card of quantkit push.")
+    ] = False,
 ) -> None:
     """Measure tokens a second and memory beside bf16, and tell where bf16 is the better choice."""
     try:
@@ -78,6 +81,10 @@ def bench(
         loop=loop,
         runs=runs,
     )
+    if save:
+        from quantkit import output
+
+        output.write_json(folder / output.BENCH, {**found.without_paths().to_dict(), "versions": api.versions()})
     if as_json:
         print(json.dumps({**found.to_dict(), "versions": api.versions()}, indent=1))
     else:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quantkit import card, hub, hub_commit, integrity, output
+from quantkit import card, card_parts, hub, hub_commit, integrity, output
 from quantkit.checkpoint import other_files
 from quantkit.errors import InputError, MissingError
 from quantkit.hub_calls import Calls, Failure
@@ -95,7 +95,7 @@ def default_name(summary: Mapping[str, Any]) -> str:
     """Name of a repository when none is given: pydocs-llama-7m-W4A16; with the format where it is not the usual one."""
     recipe = Recipe.from_any(summary["recipe"])
     name = hub.Source(str(summary["source"]["model"]), Path()).name
-    form = card.format_of(summary)
+    form = card_parts.format_of(summary)
     usual = form == Recipe.model_fields["export"].default.format
     return "-".join([name, recipe.scheme.label, *([] if usual else [form])])
 

@@ -22,6 +22,7 @@ from quantkit.formats import CONFIG_FILES
 
 SUMMARY = "quantkit.json"
 RECIPE = "quantkit-recipe.yaml"
+BENCH = "quantkit-bench.json"  # of quantkit bench --save
 LOCK = ".quantkit-running"
 
 
@@ -126,6 +127,8 @@ def copy_files(source: Path, into: Path, rewritten: Collection[Path], *, skip: C
                 dropped.append({"name": str(relative), "reason": "weights or an index of the source"})
         elif str(relative) in CONFIG_FILES:
             dropped.append({"name": str(relative), "reason": "says how the source was quantized, not the output"})
+        elif str(relative) == BENCH:
+            dropped.append({"name": str(relative), "reason": "how fast the source was, not the output"})
         else:
             (into / relative).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source / relative, into / relative)

@@ -14,6 +14,7 @@ import yaml
 
 from quantkit import card, presets
 from quantkit.card import Base, render
+from quantkit.errors import InputError
 
 RECIPE = {
     "model": "org/base@abc",
@@ -42,7 +43,12 @@ SUMMARY: dict[str, Any] = {
     },
     "versions": {"torch": "2.13.0", "transformers": "5.23.0"},
     "layers": [
-        {"name": f"layers.{i}", **LAYER, "bits_per_weight": 4.125 + i / 4, "relative_error": 0.0042 + i / 1000}
+        {
+            "name": f"model.layers.{i}.mlp.up_proj",
+            **LAYER,
+            "bits_per_weight": 4.125 + i / 4,
+            "relative_error": 0.0042 + i / 1000,
+        }
         for i in range(4)
     ],
     "not_quantized": [{"name": "lm_head", "reason": "is in no block"}],
@@ -78,6 +84,22 @@ SUMMARY: dict[str, Any] = {
         "notes": [],
     },
 }
+SPEED = {"prompt": 128, "new": 64, "tokens_per_second": 430.0, "decode_tokens_per_second": 500.0}
+BENCH: dict[str, Any] = {
+    "device": "NVIDIA H200",
+    "packed": {
+        "bytes": 5_000_000,
+        "speeds": [{**SPEED, "batch": 1}, {**SPEED, "batch": 16, "tokens_per_second": 5791.0}],
+        "prefill": {"128": 0.0123, "2048": 0.123},
+    },
+    "dense": {
+        "bytes": 15_000_000,
+        "speeds": [{**SPEED, "tokens_per_second": 146.0}, {**SPEED, "tokens_per_second": 6200.0}],
+        "prefill": {"128": 0.0111, "2048": 0.111},
+    },
+    "notes": ["batch 16: bf16 generates 1.07 times as fast"],
+    "versions": {"torch": "2.13.0"},
+}
 BASE = Base("org/base", "org/base", "0123456789abcdef", False, {"license": "mit", "language": ["en"]}, "")
 # In quantkit.json, but told elsewhere or in another form.
 UNTOLD = {
@@ -112,23 +134,58 @@ def figures(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]
         yield path
 
 
-def changed(path: tuple[Any, ...]) -> dict[str, Any]:
-    summary = copy.deepcopy(SUMMARY)
-    place: Any = summary
+def changed(of: dict[str, Any], path: tuple[Any, ...]) -> dict[str, Any]:
+    copied = copy.deepcopy(of)
+    place: Any = copied
     for key in path[:-1]:
         place = place[key]
     old = place[path[-1]]
     place[path[-1]] = f"{old}x" if isinstance(old, str) else old * 1.5 if isinstance(old, float) else old * 2 + 1
-    return summary
+    return copied
 
 
 def test_every_figure_is_the_runs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(card, "_engines", lambda *_: [])  # the same each time, and the slow part
+    monkeypatch.setattr(card.parts, "engines", lambda *_: [])  # the same each time, and the slow part
     before = made(folder)
     paths = [path for path in figures(SUMMARY) if path not in UNTOLD and path != ("source", "revision")]
     assert len(paths) > 35
-    same = [path for path in paths if made(folder, changed(path)) == before]
+    same = [path for path in paths if made(folder, changed(SUMMARY, path)) == before]
     assert same == []
+
+
+def test_every_figure_of_speed_is_the_benchs(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(card.parts, "engines", lambda *_: [])
+    assert "## Speed" not in made(tmp_path)
+
+    def benched(found: dict[str, Any]) -> str:
+        (tmp_path / "quantkit-bench.json").write_text(json.dumps(found))
+        return made(tmp_path)
+
+    before = benched(BENCH)
+    assert "| 128 + 64 tokens, batch 1: tokens a second | 430 | 146 | 2.95 |" in before
+    assert "| a prompt of 2048 tokens, ms | 123 | 111 | 1.11 |" in before
+    assert "- Measured on NVIDIA H200; torch 2.13.0" in before and f"- {BENCH['notes'][0]}" in before
+    told_with_packed = {("dense", "speeds", i, key) for i in range(2) for key in ("prompt", "new")}
+    paths = [path for path in figures(BENCH) if path not in told_with_packed]
+    assert len(paths) > 15
+    assert [path for path in paths if benched(changed(BENCH, path)) == before] == []
+    assert "| 128 + 64 tokens, batch 1: tokens a second | 430 |  |  |" in benched({**BENCH, "dense": None})
+    with pytest.raises(InputError, match=r"quantkit-bench\.json: is not what quantkit bench --save writes"):
+        benched({"packed": {}})
+
+
+def test_the_error_of_every_layer_by_block(folder: Path) -> None:
+    rows = {f"model.layers.{i}.mlp.up_proj": 0.01 + i / 100 for i in range(2)}
+    rows |= {f"model.layers.1.mlp.experts.{e}.up_proj": 0.1 + e / 10 for e in range(3)}
+    layers = [{**SUMMARY["layers"][0], "name": name, "relative_error": x} for name, x in rows.items()]
+    columns, found = card.parts.by_block(layers)
+    assert columns == ["block", "mlp.up_proj", "experts.up_proj"]
+    assert found == [["0", "0.01", ""], ["1", "0.02", "0.2, at most 0.3"]]
+    assert "| 1 | 0.02 | 0.2, at most 0.3 |" in made(folder, {**SUMMARY, "layers": layers})
+    mixed = [*layers, {**layers[0], "name": "lm_head", "scheme": "int8, channel, symmetric"}]
+    text = made(folder, {**SUMMARY, "layers": mixed})
+    assert "| schemes of these layers | 5 x int4, group 128, symmetric; 1 x int8, channel, symmetric |" in text
+    assert card.parts.by_block([]) == (["block"], [])
 
 
 def test_the_texts_are_those_that_were_measured_on(folder: Path) -> None:
@@ -160,10 +217,29 @@ def test_front_matter(folder: Path) -> None:
     assert "quantkit quantize quantkit-recipe.yaml --model org/base@0123456789abcdef --out base-W4A16" in text
 
 
-def test_engines_only_where_their_rules_are_kept(folder: Path) -> None:
+def test_engines_only_where_their_rules_are_kept(folder: Path, tmp_path: Path) -> None:
     text = made(folder)
     assert "vllm serve alice/base-W4A16" in text and "trtllm-serve" not in text
+    assert "In transformers without quantkit" in text and "# pip install compressed-tensors" in text
     assert "vllm serve" not in made(folder.parent), "there is nothing that could be checked"
+    trusted = {**SUMMARY, "recipe": {**RECIPE, "trust_remote_code": True}}
+    assert "vllm serve alice/base-W4A16 --trust-remote-code\n" in made(folder, trusted)
+    packed_models.save(tmp_path / "gptq", "gptq", presets.PRESETS["W4A16"])
+    text = made(tmp_path / "gptq")
+    assert "Note: gptq is loaded where optimum and gptqmodel is installed" in text and "pip install" not in text
+    packed_models.save(tmp_path / "modelopt", "modelopt", presets.PRESETS["NVFP4A16"])
+    assert "In transformers without quantkit" not in made(tmp_path / "modelopt"), "which loads it, and wrong"
+
+
+def test_a_converted_output_is_reproduced_in_two_steps(folder: Path) -> None:
+    text = made(folder, {**SUMMARY, "converted_from": {"format": "compressed-tensors", "to": "gptq"}})
+    assert "| format | gptq |" in text and "\n- gptq\n" in text
+    assert "--out quantized\nquantkit convert quantized --to gptq --out base-W4A16\n```" in text
+
+
+def test_datasets_of_the_original_are_carried_over(folder: Path) -> None:
+    base = Base("org/base", "org/base", "1", False, {"datasets": ["org/corpus", "org/texts"]}, "")
+    assert yaml.safe_load(made(folder, base=base).split("---\n")[1])["datasets"] == ["org/corpus", "org/texts"]
 
 
 def test_what_was_not_measured_has_no_line(folder: Path) -> None:

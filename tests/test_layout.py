@@ -76,6 +76,7 @@ LAYERS = (
         "quantkit.report",
         "quantkit.doctor",
         "quantkit.card",
+        "quantkit.card_parts",
         "quantkit.hub_push",
         "quantkit.job",
     ),

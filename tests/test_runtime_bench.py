@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from quantkit import presets, report
+from quantkit import card_parts, presets, report
 from quantkit.cli import app
 from quantkit.errors import InputError
 from quantkit.runtime import bench, timing
@@ -42,13 +42,20 @@ def test_the_command_prints_both(folder: Path) -> None:
     for words in ("8 + 4 tokens, batch 2: tok/s", "bf16, random weights of the same config", "prompt of 8 tokens, ms"):
         assert words in result.stdout
     assert "measured on a CPU: its figures say nothing about a GPU" in result.stdout
-    result = CliRunner().invoke(app, ["bench", str(folder), *options, "--json", "--against", str(folder)])
+    result = CliRunner().invoke(app, ["bench", str(folder), *options, "--json", "--save", "--against", str(folder)])
     found = json.loads(result.stdout)
-    assert found["dense"]["name"] == f"bf16, {folder}"
+    assert found["dense"]["name"] == f"bf16, {folder.name}"
     assert found["packed"]["bytes"] == found["dense"]["bytes"]
     assert [s["batch"] for s in found["packed"]["speeds"]] == [1, 2]
     assert found["packed"]["speeds"][0]["tokens_per_second"] > 0
     assert found["versions"]["torch"] == torch.__version__
+    file = folder / "quantkit-bench.json"
+    kept = json.loads(file.read_text())
+    file.unlink()
+    assert kept["packed"]["speeds"] == found["packed"]["speeds"] and kept["versions"] == found["versions"]
+    assert str(folder.parent) not in json.dumps(kept), "others will read it"
+    rows = card_parts.speed(kept)
+    assert len(rows) == 7 and all(all(row) for row in rows)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,11 @@ class Bench:
         dense = None if self.dense is None else self.dense.to_dict()
         return {"device": self.device, "packed": self.packed.to_dict(), "dense": dense, "notes": self.notes}
 
+    def without_paths(self) -> Bench:
+        """Under names that say nothing of this machine: for a file that others will read."""
+        packed = replace(self.packed, name="packed")
+        return replace(self, packed=packed, dense=None if self.dense is None else replace(self.dense, name="bf16"))
+
 
 @dataclass(frozen=True)
 class _Work:
@@ -88,7 +93,7 @@ def bench(
     packed = _measured(str(folder), model, work)
     del model
     _free(device)
-    name = "bf16, random weights of the same config" if against == AUTO else f"bf16, {against}"
+    name = "bf16, random weights of the same config" if against == AUTO else f"bf16, {Path(against).name}"
     notes = [] if device.type == "cuda" else ["measured on a CPU: its figures say nothing about a GPU"]
     dense = None
     try:
