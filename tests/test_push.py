@@ -16,10 +16,11 @@ from typing import Any
 import pytest
 import tiny
 from hub_client import REPO, World, opened
+from hub_faults import CALLS, REFUSED, TRANSIENT, outcome
 from hub_server import HubServer
 
 from quantkit import api, convert, hub_commit, hub_push
-from quantkit.errors import GateError, InputError, MissingError, QuantkitError
+from quantkit.errors import GateError, InputError, MissingError
 
 CARD = """---
 license: cc-by-sa-4.0
@@ -315,57 +316,18 @@ def test_what_arrives_wrong_is_taken_back(world: World, folder: Path, how: str, 
     )
 
 
-CALLS = {"whoami": 1, "info": 1, "create": 1, "preupload": 1, "batch": 1, "put": 1, "verify": 1, "tree": 2}
-CALLS |= {"branch": 1, "validate": 1, "commit": 1, "resolve": 2}
-REFUSED = (401, 403, 404, 409, 412)
-TRANSIENT: tuple[dict[str, Any], ...] = (
-    {"status": 429, "headers": {"Retry-After": "3"}},
-    {"status": 500},
-    {"status": 503},
-    {"drop": 10},
-    {"lost": True},
-)
-
-
-def outcome(world: World, folder: Path, call: str, fault: dict[str, Any]) -> str:
-    """What a push to a branch did under a fault; the branch must be whole: as before, or as the folder."""
-    hub = world.hub
-    branch = "next" if call == "branch" else "main"
-    hub.repos.clear()
-    hub.blobs.clear()
-    hub.sent.clear()
-    hub.faults.clear()
-    if call != "create":
-        small = {"config.json": b"{}", "README.md": b"# old"}
-        hub.add(REPO, {"old.safetensors": b"old", "model.safetensors": b"older", **small, "note": b"n"}, private=True)
-    before = hub.files(REPO) if REPO in hub.repos else {}
-    hub.fault(call, **fault)
-    try:
-        world.push(folder, revision=branch)
-    except QuantkitError as e:
-        assert hub.token not in "".join(traceback.format_exception(e))
-        now = hub.files(REPO) if REPO in hub.repos else {}
-        now.pop(".gitattributes", None)
-        assert now == before, f"{call} {fault}: {e}"
-        if REPO in hub.repos:
-            assert hub.repos[REPO].branches.keys() == {"main"}
-        return f"{type(e).__name__}: {e}"
-    there = hub.files(REPO, branch)
-    assert all(there[p.name] == p.read_bytes() for p in folder.iterdir() if p.name != "README.md")
-    return "pushed"
-
-
 @pytest.mark.parametrize("call", CALLS)
 def test_each_fault_of_each_call(world: World, folder: Path, call: str) -> None:
     """Once: what passes is tried again, a refusal is told. For good: told. Nothing is ever half there."""
     for fault in TRANSIENT:
-        assert outcome(world, folder, call, fault) == "pushed", (call, fault)
+        assert outcome(world, folder, call, fault).pushed, (call, fault)
     for status in REFUSED:
-        told = outcome(world, folder, call, {"status": status})
-        if told != "pushed" and (call, status) != ("branch", 409):  # 409 reads as a branch that is there; it is not
-            assert f"{status}" in told, (call, told)
+        found = outcome(world, folder, call, {"status": status})
+        if not found.pushed and (call, status) != ("branch", 409):  # 409 reads as a branch that is there; it is not
+            assert f"{status}" in found.said, (call, found)
     if call == "resolve":  # two files of before, two calls each; then the config that was sent
         for fault in ({"status": 503, "times": 1000}, {"status": 403}, {"corrupt": True}):
-            assert outcome(world, folder, call, {**fault, "after": 5}) != "pushed"
+            assert not outcome(world, folder, call, {**fault, "after": 5}).pushed
+    outcome(world, folder, call, {"corrupt": True})
     lasting = outcome(world, folder, call, {"status": 503, "times": 1000})
-    assert lasting.startswith("MissingError") and re.search("503|No address", lasting), (call, lasting)
+    assert lasting.exit_code == 4 and re.search("503|No address", lasting.said), (call, lasting)
