@@ -13,8 +13,8 @@ from hub_client import REPO, World
 from quantkit.errors import QuantkitError
 
 # Of a file that goes up in one piece, and of one that goes up in parts.
-CALLS = ("whoami", "info", "create", "preupload", "batch", "put", "part", "complete", "verify")
-CALLS += ("tree", "branch", "validate", "commit", "resolve")
+SENDING = ("preupload", "batch", "put", "part", "complete", "verify")
+CALLS = ("whoami", "info", "create", *SENDING, "tree", "branch", "validate", "commit", "resolve")
 REFUSED = (401, 403, 404, 409, 412)
 TRANSIENT: tuple[dict[str, Any], ...] = (
     {"status": 429, "headers": {"Retry-After": "3"}},
