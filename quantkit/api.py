@@ -349,6 +349,7 @@ def _summary(plan: planning.Plan, done: dict[str, Any]) -> dict[str, Any]:
         "not_quantized": [{"name": x.name, "reason": x.reason} for x in plan.dense],
         "copied_tensors": plan.skeleton.unknown,
         "files": done["files"],
+        "tensors": done["tensors"],
         "size": {"source_bytes": plan.skeleton.checkpoint.size(), "output_bytes": plan.output_bytes},
         "warnings": list(plan.warnings),
         "validation": None,

@@ -35,11 +35,15 @@ class Block:
 
 @dataclass(frozen=True)
 class Structure:
-    """What was found in a model. `outside`: linears that are in no block, such as lm_head."""
+    """What was found in a model. `outside`: linears that are in no block, such as lm_head.
+
+    idle  prefixes of modules that hold linears of which text uses none: a vision tower
+    """
 
     blocks: tuple[Block, ...]
     outside: tuple[str, ...]
     warnings: tuple[str, ...] = ()
+    idle: tuple[str, ...] = ()
 
 
 def find(skeleton: Skeleton) -> Structure:
@@ -61,13 +65,24 @@ def find(skeleton: Skeleton) -> Structure:
             "such blocks are not supported by this version"
         )
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    order, warnings = _shared_inputs(model, linears)
+    order, used, warnings = _shared_inputs(model, linears)
     found = []
     for i, prefix in enumerate(prefixes):
         groups = [tuple(name for name in group if name.startswith(prefix)) for group in order]
         found.append(Block(i, prefix[:-1], tuple(group for group in groups if group)))
     outside = tuple(name for name in linears if not name.startswith(tuple(prefixes)))
-    return Structure(tuple(found), outside, warnings)
+    idle = () if warnings else tuple(_idle(model, used | {n for n in linears if n.startswith(tuple(prefixes))}))
+    return Structure(tuple(found), outside, warnings, idle)
+
+
+def _idle(module: nn.Module, used: set[str], prefix: str = "") -> Iterator[str]:
+    """The largest modules, as prefixes of names, that hold linears of which none is used."""
+    for name, child in module.named_children():
+        inside = [n for n, m in child.named_modules(prefix=prefix + name) if isinstance(m, nn.Linear)]
+        if inside and used.isdisjoint(inside):
+            yield f"{prefix}{name}."
+        elif inside:
+            yield from _idle(child, used, f"{prefix}{name}.")
 
 
 def _block_list(model: Any) -> tuple[str, nn.ModuleList] | None:
@@ -106,8 +121,8 @@ def dry_run(model: nn.Module, watching: Callable[[nn.Module], AbstractContextMan
     return problem
 
 
-def _shared_inputs(model: nn.Module, linears: list[str]) -> tuple[list[list[str]], tuple[str, ...]]:
-    """Linears by first use, those called with the very same tensor together."""
+def _shared_inputs(model: nn.Module, linears: list[str]) -> tuple[list[list[str]], set[str], tuple[str, ...]]:
+    """Linears by first use, those called with the very same tensor together; those that text uses at all; warnings."""
     seen: list[tuple[str, torch.Tensor]] = []  # holds the tensors, so that no id is used twice
 
     def watching(ghost: nn.Module) -> AbstractContextManager[None]:
@@ -116,14 +131,14 @@ def _shared_inputs(model: nn.Module, linears: list[str]) -> tuple[list[list[str]
 
     if problem := dry_run(model, watching):
         warning = f"which linears share an input could not be found out ({problem}); each is treated alone"
-        return [[name] for name in linears], (warning,)
+        return [[name] for name in linears], set(linears), (warning,)
     groups: dict[int, list[str]] = {}
     used: set[str] = set()
     for name, x in seen:
         if name not in used:
             groups.setdefault(id(x), []).append(name)
             used.add(name)
-    return [*groups.values(), *([name] for name in linears if name not in used)], ()
+    return [*groups.values(), *([name] for name in linears if name not in used)], used, ()
 
 
 @contextmanager

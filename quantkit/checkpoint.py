@@ -90,13 +90,15 @@ class Shard:
 class Checkpoint:
     """The weights of a model folder, unread. `where` maps a tensor's name to its shard.
 
-    shards  what is known of the files that were looked into: filled as it goes
+    shards    what is known of the files that were looked into: filled as it goes
+    unlisted  tensors of the shards that the index does not name, or names in another shard: no reader reads them
     """
 
     folder: Path
     specs: dict[str, TensorSpec]
     where: dict[str, Path]
     shards: dict[Path, Shard] = field(default_factory=dict)
+    unlisted: list[str] = field(default_factory=list)
 
     @classmethod
     def open(cls, folder: Path) -> Checkpoint:
@@ -108,6 +110,8 @@ class Checkpoint:
             for name, spec in _header(file).items():
                 if index is None or index.get(name) == file.name:
                     found.specs[name], found.where[name] = spec, file
+                elif name not in index:
+                    found.unlisted.append(name)
         for name, shard in (index or {}).items():
             if name not in found.specs:
                 raise InputError(

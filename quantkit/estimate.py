@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from quantkit import skeleton
+from quantkit import inventory, skeleton
 from quantkit.checkpoint import DTYPES, nbytes
 from quantkit.plan import Linear, Plan, outside, short
 
@@ -56,6 +56,7 @@ def describe(plan: Plan) -> dict[str, Any]:
         ("quantized", f"{len(plan.quantized)} linear layers, {params:,} weights"),
         *([("KV cache", f"{kv.number}, a scale a {kv.strategy}, calibrated")] if (kv := plan.kv_scheme) else []),
         ("source", f"{source:,} bytes of tensors"),
+        ("tensors", str(inventory.of(plan))),
         ("output", f"{output:,} bytes of tensors, {output / source:.1%} of the source"),
         ("disk", f"{output:,} bytes, reserved before the work starts"),
         ("device", str(device)),

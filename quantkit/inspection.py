@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from quantkit import blocks, experts, formats, hub, output, packed, skeleton
+from quantkit import blocks, experts, formats, hub, inventory, output, packed, skeleton
 from quantkit.checkpoint import Checkpoint, nbytes
 from quantkit.plan import short
 from quantkit.types import Format, Scheme, TensorSpec
@@ -91,6 +91,9 @@ def _quantized(
     if summary:
         facts.append(("status", str(summary.get("status"))))
         facts.append(("made from", str((summary.get("source") or {}).get("model", "another tool's checkpoint"))))
+    if tensors := summary.get("tensors"):
+        kinds = [f"{tensors[kind]} {kind}" for kind in inventory.KINDS[:-1] if kind in tensors]
+        facts.append(("source's tensors", f"{', '.join([*kinds, str(len(tensors['dropped'])) + ' dropped'])}"))
     errors = {x["name"]: x["relative_error"] for x in summary.get("layers", [])}
     found = packed.groups(form, checkpoint.specs)
     alike: dict[tuple[str, str, str], list[tuple[str, int, int]]] = {}

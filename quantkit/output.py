@@ -118,7 +118,9 @@ def copy_files(source: Path, into: Path, rewritten: Collection[Path], *, skip: C
     skip       names that the caller writes itself
     Returns {"copied": [name], "dropped": [{"name", "reason"}]}.
     """
-    copied, dropped = [], []
+    copied: list[str] = []
+    hidden = sorted(p.name + "/" * p.is_dir() for p in source.iterdir() if p.name.startswith("."))
+    dropped = [{"name": name, "reason": "hidden: not a part of the model"} for name in hidden]
     for relative in other_files(source):
         if str(relative) in skip:
             continue

@@ -22,13 +22,13 @@ from typing import Any
 import torch
 
 from quantkit import blocks, calibration, folding, formats, kv_cache, observation, skeleton, solve, streaming, tuning
-from quantkit import plan as planning
 from quantkit.checkpoint import DTYPES, Shards, ShardWriter
 from quantkit.errors import InputError
 from quantkit.experts import FEW, coverage
 from quantkit.hub import read_json
+from quantkit.inventory import account
 from quantkit.output import copy_files, write_json
-from quantkit.plan import Plan, outside, tokenizer
+from quantkit.plan import Plan, outside, tokenizer, whole
 from quantkit.profile import Profile
 from quantkit.progress import Progress
 from quantkit.transforms.rotation import TOLERANCE, Rotation
@@ -100,6 +100,7 @@ def quantize(
         "folds": run.folds,
         "experts": run.experts,
         "files": files,
+        "tensors": account(plan, folder, files).to_dict(),
     }
 
 
@@ -193,6 +194,7 @@ def _outside(run: Run, rows: calibration.Rows) -> list[blocks.Batch]:
     for name in names:
         dtype = DTYPES[skeleton.spec_of(ghost, name).dtype]
         run.writer.write(ghost.to_disk[name], ghost.read(name).to(dtype))
+    names = [name for name in names if not name.startswith(plan.structure.idle)]  # no text reads the others
     ghost.load(names, run.device, run.dtype)
     ghost.tie()
     for buffer in ghost.model.buffers():
@@ -379,7 +381,7 @@ def _write(run: Run, names: Sequence[str], solved: dict[str, solve.Solved]) -> N
         assert layer.scheme is not None
         for suffix, tensor in plan.format.pack(found.tensor, layer.scheme.activations, found.inputs).items():
             run.writer.write(f"{layer.name}.{suffix}", tensor)
-    wholes = dict.fromkeys(planning.whole(ghost, plan.linears, name) for name in names)
+    wholes = dict.fromkeys(whole(ghost, plan.linears, name) for name in names)
     for disk in wholes:
         if disk is not None:
             run.writer.write(disk, ghost.whole(disk) if plan.rewrites else ghost.checkpoint.read(disk))
@@ -388,11 +390,11 @@ def _write(run: Run, names: Sequence[str], solved: dict[str, solve.Solved]) -> N
             continue
         if plan.rewrites:
             spec = skeleton.spec_of(ghost, name)
-            if planning.whole(ghost, plan.linears, name) is None:
+            if whole(ghost, plan.linears, name) is None:
                 run.writer.write(ghost.to_disk[name], ghost.get(name).to(DTYPES[spec.dtype]))
             if ghost.get(name).is_floating_point():
                 ghost.put(name, ghost.get(name).to(DTYPES[spec.dtype]).to(run.dtype))
-        elif planning.whole(ghost, plan.linears, name) is None:
+        elif whole(ghost, plan.linears, name) is None:
             run.writer.write(ghost.to_disk[name], ghost.original(name))
 
 

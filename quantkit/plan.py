@@ -122,6 +122,7 @@ class Plan:
     def config(self) -> dict[str, Any]:
         """The quantization_config of the output."""
         schemes = {x.name: x.scheme for x in self.linears.values()}
+        schemes |= dict.fromkeys(self.skeleton.further)
         if self.kv_scheme is None:
             return self.format.config(schemes)
         return formats.with_kv_cache(self.format).config(schemes, self.kv_scheme)
@@ -265,7 +266,8 @@ def _linears(
         if module in structure.outside:
             if scheme is not None and any(rule.matches(name) for rule in recipe.rules):
                 raise InputError(f"{name}: is in no block, and only layers in blocks can be quantized by this version")
-            scheme, reason = None, "is in no block"
+            idle = f"{module}.".startswith(structure.idle)
+            scheme, reason = None, "no text goes through it" if idle else "is in no block"
         if module in routers:
             named = any(rule.match == name for rule in recipe.rules)
             if module in bare and named and scheme is not None:

@@ -59,6 +59,12 @@ class Skeleton:
         floats = {name: n for name, n in count.items() if DTYPES[name].is_floating_point}
         return DTYPES[max(floats, key=lambda n: floats[n])] if floats else torch.float32
 
+    @property
+    def further(self) -> list[str]:
+        """Layers on disk that the model has no place for, such as those that predict several tokens ahead (MTP)."""
+        specs = self.checkpoint.specs
+        return [n.removesuffix(".weight") for n in self.unknown if n.endswith(".weight") and len(specs[n].shape) == 2]
+
     def parameters(self, prefix: str) -> list[str]:
         """Names in memory of the parameters and stored buffers under a prefix."""
         return [name for name in self.to_disk if name.startswith(prefix)]

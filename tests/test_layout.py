@@ -60,6 +60,7 @@ LAYERS = (
         "quantkit.tuning",
         "quantkit.pipeline",
         "quantkit.streaming",
+        "quantkit.inventory",
         "quantkit.allocation",
         "quantkit.repair",
         "quantkit.convert",
