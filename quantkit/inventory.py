@@ -6,7 +6,7 @@
     apart       is there in parts: the biases of experts that lie in one tensor
     dropped     is not there, for a reason that is given
 
-Planned from headers, and checked at the end against the headers of what was written. Nothing of a tensor's size is read.
+Planned from headers, and checked at the end against the headers of what was written: no weight is read.
 """
 
 from __future__ import annotations
