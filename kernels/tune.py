@@ -48,7 +48,17 @@ TOKENS = (16, 1, 8, 64, 32, 128, 256, 1024, 4096, 512, 2048)
 ROUNDS = 3
 QUICK, SURE = 5, 20  # replays of a candidate, of the best ones
 FINALISTS = 3
-SOURCES = ("_wxa16.py", "_unpack.py", "_unpack_ptx.py", "_words.py", "layout.py", "wxa16.py")  # what is timed
+SOURCES = (
+    "_wxa16.py",
+    "_wxa16_stream.py",
+    "_wxa16_hopper.py",
+    "_hopper_launch.py",
+    "_unpack.py",
+    "_unpack_ptx.py",
+    "_words.py",
+    "layout.py",
+    "wxa16.py",
+)  # what is timed
 COMPILE_LIMIT = 120  # seconds
 
 Item = tuple[Format, int, int, int]  # a format, N, K, tokens

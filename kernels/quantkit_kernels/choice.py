@@ -43,9 +43,11 @@ class Gpu(NamedTuple):
 class Choice:
     """One configuration.
 
-    path      "gemm": the kernel; "dequant": the weight decoded in slabs, each multiplied by cuBLAS
+    path      "gemm": the kernel; "hopper": _wxa16_hopper.gemm_hopper, for what `hopper_fits`; "dequant": the weight
+              decoded in slabs, each multiplied by cuBLAS
     block_m, block_n, unroll, split, warps, stages   tokens, rows, lines at once, programs a tile, as _wxa16.gemm;
-              split 0: all tiles shared out evenly among as many programs as run at once, _wxa16_stream.gemm_stream
+              split 0: all tiles shared out evenly among as many programs as run at once, _wxa16_stream.gemm_stream;
+              "hopper" always does that
     where     "before", "group" or "end": when the scale is applied; "group" needs groups of whole lines, "end" is for
               one scale a row, and there always taken
     group_m   token tiles that go over the rows together, 0: one after the other
@@ -129,6 +131,10 @@ def heuristic(problem: Problem, gpu: Gpu) -> Choice:
     form, m = layout.get(problem.kind), problem.m
     steps = max(1, 128 // form.line)  # lines that make 128 columns
     many = gpu.capability in (90, 100, 103)
+    if m >= 128 and hopper_fits(problem, gpu):
+        rounds = -(-problem.n // 128) * -(-m // 256) / gpu.sms
+        found = hopper_tile(256, 128, 8) if m > 128 and rounds > 0.9 else hopper_tile(128, 128, 8)
+        return replace(found, group_m=4 if m > found.block_m else 0)
     if m >= (768 if form.bits == 8 else 1024) // (1 if many else 4):
         return Choice(path="dequant")
     if m <= 8:
@@ -180,11 +186,15 @@ def split_for(problem: Problem, choice: Choice, gpu: Gpu) -> int:
 def fitted(choice: Choice, problem: Problem, gpu: Gpu) -> Choice:
     """The choice, with what the problem or the GPU does not allow put right: where, split, stages, tokens."""
     form = layout.get(problem.kind)
+    if choice.path == "hopper" and not hopper_fits(problem, gpu):
+        choice = replace(heuristic(problem, gpu), pdl=choice.pdl)
     where = choice.where
     if problem.group == 0:
         where = "end"
     elif where == "end" or (where == "group" and problem.group % form.line):
         where = "before"
+    if choice.path == "hopper":
+        return replace(choice, where=where, unroll=1, split=0)
     steps = -(-layout.lines(problem.kind, problem.k) // choice.unroll)
     split = min(choice.split, steps)
     limit = SHARED.get(gpu.capability, 101_376)
@@ -197,6 +207,22 @@ def fitted(choice: Choice, problem: Problem, gpu: Gpu) -> Choice:
     return replace(choice, where=where, split=split, stages=stages)
 
 
+def hopper_fits(problem: Problem, gpu: Gpu) -> bool:
+    """Whether `_wxa16_hopper` has what a problem needs: more than a few tokens of 4-bit weights, in whole lines."""
+    p = problem
+    zero = layout.zero_mode(p.kind, p.scale_dtype)
+    taken = p.scale_dtype == p.dtype or (p.dtype == "bf16" and p.scale_dtype in ("e8m0", "e4m3"))
+    scaled = taken and zero < 2 if p.group else zero == 0
+    whole = p.k % 128 == 0 and p.k <= 1 << 19 and p.n % 8 == 0
+    return gpu.capability == 90 and layout.get(p.kind).line == 128 and p.m > 16 and whole and scaled
+
+
+def hopper_tile(block_m: int, block_n: int, warps: int, each: int = 1) -> Choice:
+    """A configuration of the "hopper" path with as many stages as let `each` programs share a multiprocessor."""
+    stages = min(8, (SHARED[90] // each - 1536 - 4 * min(64, block_m) * block_n) // (256 * block_m))
+    return Choice("hopper", block_m, block_n, 1, 0, warps, stages)
+
+
 def mma_sync(block_m: int, warps: int, gpu: Gpu) -> bool:
     """Whether Triton takes mma.sync for the product: on GPUs without anything else, and for few tokens."""
     if gpu.capability in (100, 103):
@@ -207,7 +233,10 @@ def mma_sync(block_m: int, warps: int, gpu: Gpu) -> bool:
 def resident(choice: Choice, problem: Problem, gpu: Gpu) -> int:
     """Programs that run at once on the whole GPU; what a wrong answer costs is time."""
     shared = shared_bytes(choice, problem, choice.stages, gpu)
-    registers = choice.warps * 32 * min(255, 64 + choice.block_m * choice.block_n // (choice.warps * 32))
+    sums = choice.block_m * choice.block_n // (choice.warps * 32)
+    # What the compiler takes for "hopper" beside the sums, for 16, 32, 64 and 128 of them: 77, 95, 106, 127.
+    beside = 64 if choice.path == "gemm" else min(96 if sums <= 32 else 112, 255 - sums)
+    registers = choice.warps * 32 * min(255, beside + sums)
     each = min(SHARED.get(gpu.capability, 101_376) // shared, 65_536 // registers, 48 // choice.warps)
     return gpu.sms * max(1, each)
 
@@ -220,6 +249,8 @@ def exact_scale(problem: Problem) -> bool:
 def shared_bytes(choice: Choice, problem: Problem, stages: int, gpu: Gpu) -> int:
     """An upper bound of the shared memory of `_wxa16.gemm`; the compiler does not say when it does not fit."""
     form = layout.get(problem.kind)
+    if choice.path == "hopper":
+        return stages * 256 * choice.block_m + 4 * min(64, choice.block_m) * choice.block_n + 512
     how = layout.geometry(problem.kind, problem.scale_dtype, problem.k, problem.group)
     line = choice.block_n * (form.words + 2 * how.width) * 4 + choice.block_m * form.line * 2
     size = max(stages * choice.unroll * line, choice.block_m * choice.block_n * 4 * 9 // 8) + 1024
@@ -255,7 +286,19 @@ def candidates(problem: Problem, gpu: Gpu) -> list[Choice]:
             found += [replace(one, split=split) for split in {usual, 2 * usual}]
             if m > 16 and unroll == base:
                 found += [replace(one, split=0, stages=stages) for stages in (3, 4)]
+    if hopper_fits(problem, gpu):
+        found += [replace(one, group_m=4 if m > one.block_m else 0) for one in _hopper_tiles(m)]
     return list(dict.fromkeys(fitted(one, problem, gpu) for one in found))
+
+
+def _hopper_tiles(m: int) -> list[Choice]:
+    """Of the "hopper" path, what is worth timing for m tokens."""
+    if m <= 32:
+        return [hopper_tile(32, 128, 8, each) for each in (1, 2)] + [hopper_tile(32, 64, 4, each) for each in (2, 3)]
+    if m <= 64:
+        return [hopper_tile(64, 128, 8, each) for each in (1, 2)] + [hopper_tile(64, 64, 4, each) for each in (2, 3)]
+    found = [hopper_tile(128, 128, 8), hopper_tile(128, 256, 8), hopper_tile(64, 128, 8, 2), hopper_tile(128, 64, 4, 2)]
+    return found if m <= 128 else [hopper_tile(256, 128, 8), *found[:2], hopper_tile(64, 256, 8)]
 
 
 def neighbours(choice: Choice, problem: Problem, gpu: Gpu) -> list[Choice]:
@@ -263,6 +306,10 @@ def neighbours(choice: Choice, problem: Problem, gpu: Gpu) -> list[Choice]:
     if choice.path == "dequant":
         return [replace(choice, slab=choice.slab // 2), replace(choice, slab=choice.slab * 2)]
     found = [replace(choice, stages=stages) for stages in range(2, 8)]
+    if choice.path == "hopper":
+        found = [replace(choice, stages=stages) for stages in (choice.stages - 1, choice.stages - 2) if stages > 1]
+        found += [replace(choice, group_m=g) for g in ((0, 2, 4, 8, 16) if problem.m > choice.block_m else ())]
+        return [one for one in found if one != choice]
     if choice.split:
         found += [replace(choice, split=split) for split in range(max(1, choice.split - 2), choice.split + 4)]
     found += [replace(choice, split=0)]

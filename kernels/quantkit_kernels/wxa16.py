@@ -201,7 +201,7 @@ def run_with(
     if out is None:
         out = torch.empty(flat.shape[0], packed.n, dtype=out_dtype or x.dtype, device=x.device)
     if flat.shape[0] and packed.n:
-        launch = _dequantized if choice.path == "dequant" else _gemm
+        launch = _dequantized if choice.path == "dequant" else _hopper if choice.path == "hopper" else _gemm
         if x.is_cuda:
             with torch.cuda.device_of(x):
                 launch(choice, flat, packed, bias, counters, out, assembly)
@@ -295,6 +295,28 @@ def _gemm(
 
     options |= {"SPLIT": choice.split, "PDL": choice.pdl} | ({"launch_pdl": True} if choice.pdl else {})
     _wxa16.gemm[(tiles, choice.split)](*arguments, **options, **fixed)
+
+
+def _hopper(
+    choice: Choice,
+    x: torch.Tensor,
+    packed: Packed,
+    bias: MaybeTensor,
+    counters: MaybeTensor,
+    out: torch.Tensor,
+    assembly: bool,
+) -> None:
+    from quantkit_kernels._hopper_launch import launch
+
+    if not assembly:
+        raise ValueError("the kernel for Hopper has no plain twin of its assembly")
+    m, n = x.shape[0], packed.n
+    tiles = -(-m // choice.block_m) * -(-n // choice.block_n)
+    problem = Problem(packed.kind, packed.scale_dtype, n, packed.k, packed.group, m, FLOATS[x.dtype])
+    programs = resident(choice, problem, gpu_of(x.device))
+    if counters is None or counters.numel() < min(tiles, programs):
+        counters = torch.zeros(min(tiles, programs), dtype=torch.int32, device=x.device)
+    launch(choice, programs, x, packed, bias, counters, out, constants(packed, x.dtype, choice.where, assembly))
 
 
 def decode_rows(packed: Packed, first: int, out: torch.Tensor, *, assembly: bool = True) -> None:

@@ -1,0 +1,423 @@
+"""Gluon kernel of wxa16.py for 4-bit weights and many tokens on Hopper: decodes while the tensor cores work.
+
+What Triton makes of `_wxa16.gemm` decodes a line, multiplies it, waits, and decodes the next. Here the product of half
+a line (64 columns) is started, and while the tensor cores work on it the other half is decoded; two groups of four warps
+are half a line apart, so that one's product follows the other's. Tokens come by the copy engine (TMA), lines ahead;
+words straight into the registers of the lanes that decode them, two lines ahead.
+
+Tiles that are left over from whole rounds are cut into equal parts, one a program (Stream-K, arXiv 2301.03598). The
+program with a tile's last part adds the others' to its own, in their order, and writes the tile: the same bits every
+run. It waits for the others, which have lower numbers and do such parts first: never for one that has not started.
+
+    x_desc   (m, k), blocks of (BM, 128);  y_desc  (m, n), blocks of (64, BN), or (32, BN)
+    w_ptr, s_ptr   words and words with scales, as layout.py lays them out
+    part     BN * BM float32 a program;  count  a counter for each tile that is left over, at zero before and after
+    other constants as of `_wxa16.gemm`; WHERE is "before" or, with a scale a row, "end"
+"""
+
+from __future__ import annotations
+
+import triton.experimental.gluon.language as gl
+from triton.experimental import gluon
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # its name until Triton 3.6
+
+
+@gluon.constexpr_function
+def words_layout(rows: int, warps: int) -> gl.DistributedLinearLayout:
+    """Words (rows, 16) as the operand of wgmma wants them: a lane has 4 words of a row, and of the row 8 below."""
+    lanes = [[0, 4], [0, 8], [1, 0], [2, 0], [4, 0]]
+    of_warps = [[16 << i, 0] for i in range((warps - 1).bit_length())]
+    more = [[16 * warps << i, 0] for i in range((rows // (16 * warps) - 1).bit_length())]
+    return gl.DistributedLinearLayout([[0, 1], [0, 2], [8, 0], *more], lanes, of_warps, [], [rows, 16])
+
+
+@gluon.jit
+def _first_unit(program, programs, units):
+    """Of the units that are shared out evenly, the first one of a program. hopper_fits keeps products below 2^31."""
+    return program * units // programs
+
+
+@gluon.jit
+def _program_of(unit, programs, units):
+    """Which program has a unit: the inverse of `_first_unit`."""
+    return ((unit + 1) * programs - 1) // units
+
+
+@gluon.jit
+def _place(tile, m_tiles, n_tiles, GROUP_M: gl.constexpr):
+    """Tile number to (row tile, token tile), as `_wxa16._place`."""
+    if GROUP_M == 0:
+        return tile % n_tiles, tile // n_tiles
+    else:
+        wide = GROUP_M * n_tiles
+        first = tile // wide * GROUP_M
+        size = gl.minimum(m_tiles - first, GROUP_M)
+        return tile % wide // size, first + tile % wide % size
+
+
+@gluon.jit
+def _piece(i, me, programs, pieces, own, after, shared, n_lines):
+    """The i-th piece of work of a program: tile, first line, line after the last. Shared tiles first, from the last."""
+    part = own // n_lines + pieces - 1 - i
+    tile = gl.where(i < pieces, part, shared + me + (i - pieces) * programs)
+    begin = gl.where(i < pieces, gl.maximum(own - tile * n_lines, 0), 0)
+    end = gl.where(i < pieces, gl.minimum(after - tile * n_lines, n_lines), n_lines)
+    return tile, begin, end
+
+
+@gluon.jit
+def _fetch(x_desc, tokens, ready, slot, line, token, wanted):
+    """Starts the copy of the tokens' columns in one line into a slot of the ring."""
+    mbarrier.expect(ready.index(slot), x_desc.block_type.nbytes, wanted)
+    tma.async_copy_global_to_shared(x_desc, [token, line * 128], ready.index(slot), tokens.index(slot), wanted)
+
+
+@gluon.jit
+def _fetch_first(x_desc, tokens, ready, slot, begin, end, token, STAGES: gl.constexpr):
+    """Starts the copies of the first lines of a piece, from `slot` on, all but the last slot."""
+    for i in gl.static_range(STAGES - 1):
+        to = gl.where(slot + i >= STAGES, slot + i - STAGES, slot + i)
+        _fetch(x_desc, tokens, ready, to, begin + i, token, begin + i < end)
+
+
+@gluon.jit
+def _scales(
+    s_ptr,
+    row,
+    line,
+    n_padded,
+    SPAN: gl.constexpr,
+    WIDTH: gl.constexpr,
+    HOW: gl.constexpr,
+    W: gl.constexpr,
+):
+    """The word with the scale of each code word of a line, (BN, 16)."""
+    word = gl.arange(0, 16, layout=gl.SliceLayout(0, W))[None, :] & 3
+    if HOW == "raw":
+        return row[:, None] * 0 + word * 0
+    else:
+        at = s_ptr + (line.to(gl.uint32) * 128 // SPAN * WIDTH).to(gl.int64) * n_padded + row
+        a = gl.load(at)[:, None]
+        if WIDTH == 1:
+            return a + word * 0
+        elif WIDTH == 2:
+            return gl.where(word < 2, a, gl.load(at + n_padded)[:, None])
+        else:
+            b = gl.load(at + n_padded)[:, None]
+            c = gl.load(at + 2 * n_padded)[:, None]
+            d = gl.load(at + 3 * n_padded)[:, None]
+            return gl.where(word < 2, gl.where(word == 0, a, b), gl.where(word == 2, c, d))
+
+
+@gluon.jit
+def _select(row, line, GROUP: gl.constexpr, FIELDS: gl.constexpr, SCALE: gl.constexpr, W: gl.constexpr):
+    """Which bytes of its word of scales each code word of a line takes, (BN, 16), as `_unpack.selector`."""
+    word = gl.arange(0, 16, layout=gl.SliceLayout(0, W))[None, :] & 3
+    if FIELDS == 1:
+        field = word * 0
+    elif GROUP >= 128:
+        field = word * 0 + ((line // (GROUP // 128)) & (FIELDS - 1))
+    else:
+        field = ((line * (128 // GROUP)) & (FIELDS - 1)) + (word * 32 // GROUP) % FIELDS
+    if SCALE == "e8m0" or SCALE == "e4m3":
+        return row[:, None] * 0 + (0x0404 + field * 0x1010 + (0x1000 if GROUP == 16 else 0))
+    else:
+        return row[:, None] * 0 + (0x1010 + field * 0x2222)
+
+
+@gluon.jit
+def _halves(t):
+    """What belongs to the words (BN, 16) of a line: for its first and for its second 64 columns, (BN, 4, 2) each."""
+    return gl.split(t.reshape(t.shape[0], 4, 2, 2).permute(0, 1, 3, 2))
+
+
+@gluon.jit
+def _decoded(p, s, select, DT: gl.constexpr, ASM: gl.constexpr, A: gl.constexpr):
+    """Words (BN, 4, 2) to the weight (BN, 64), in the registers from which wgmma reads."""
+    FLOAT: gl.constexpr = gl.bfloat16 if DT == "bf16" else gl.float16
+    a, b, c, d = gl.inline_asm_elementwise(
+        ASM,
+        "=r,=r,=r,=r,r,r,r,r,r",
+        [p, p, s, select, s],
+        dtype=(gl.int32, gl.int32, gl.int32, gl.int32),
+        is_pure=True,
+        pack=1,
+    )
+    w = gl.join(gl.join(a, b), gl.join(c, d))  # row, t, j, low bit of the pair's number, high bit
+    w = w.permute(0, 2, 4, 3, 1).reshape(p.shape[0], 32).to(gl.uint32, bitcast=True)
+    low = (w & 0xFFFF).to(gl.uint16).to(FLOAT, bitcast=True)
+    high = (w >> 16).to(gl.uint16).to(FLOAT, bitcast=True)
+    return gl.convert_layout(gl.join(low, high).reshape(p.shape[0], 64), A)
+
+
+@gluon.jit
+def _row_scale(s_ptr, row, n_padded, SCALE: gl.constexpr):
+    """The one scale of each row, float32."""
+    bits = gl.load(s_ptr + gl.minimum(row, n_padded - 1)).to(gl.uint32, bitcast=True)
+    if SCALE == "bf16":
+        return (bits << 16).to(gl.float32, bitcast=True)
+    elif SCALE == "fp16":
+        return (bits & 0xFFFF).to(gl.uint16).to(gl.float16, bitcast=True).to(gl.float32)
+    else:
+        return bits.to(gl.float32, bitcast=True)
+
+
+@gluon.jit
+def _finished(
+    acc,
+    s_ptr,
+    global_ptr,
+    bias_ptr,
+    row,
+    n,
+    n_padded,
+    DT: gl.constexpr,
+    SCALE: gl.constexpr,
+    WHERE: gl.constexpr,
+    BIAS: gl.constexpr,
+    GLOBAL: gl.constexpr,
+):
+    """As `_wxa16.finish`: powers of two, one scale a row, the global scale, the bias."""
+    if DT == "bf16":
+        acc *= 1099511627776.0  # 2^40, which the weights lack
+    if WHERE == "end":
+        acc *= _row_scale(s_ptr, row, n_padded, SCALE)[:, None]
+    if GLOBAL:
+        acc /= gl.load(global_ptr)
+    if BIAS:
+        acc += gl.load(bias_ptr + row, row < n, 0.0).to(gl.float32)[:, None]
+    return acc
+
+
+@gluon.jit
+def _product(
+    tokens,
+    ready,
+    slot,
+    phase,
+    x_desc,
+    w_ptr,
+    s_ptr,
+    begin,
+    end,
+    token,
+    w_row,
+    n_padded,
+    DT: gl.constexpr,
+    SCALE: gl.constexpr,
+    GROUP: gl.constexpr,
+    SPAN: gl.constexpr,
+    WIDTH: gl.constexpr,
+    FIELDS: gl.constexpr,
+    HOW: gl.constexpr,
+    ASM: gl.constexpr,
+    BM: gl.constexpr,
+    BN: gl.constexpr,
+    STAGES: gl.constexpr,
+    WARPS: gl.constexpr,
+    C: gl.constexpr,
+):
+    """W xᵀ (BN, BM) float32 of one tile over the lines begin to end, and the next slot of the ring with its phase.
+
+    `_fetch_first` has been called for the same lines.
+    """
+    W: gl.constexpr = words_layout(BN, WARPS)
+    A: gl.constexpr = gl.DotOperandLayout(0, C, 2)
+    row = gl.minimum(w_row + gl.arange(0, BN, layout=gl.SliceLayout(1, W)), n_padded - 1)
+    at = w_ptr + row[:, None] * 16 + gl.arange(0, 16, layout=gl.SliceLayout(0, W))[None, :]
+    stride = n_padded.to(gl.int64) * 16
+    second = gl.minimum(begin + 1, end - 1)
+    p = gl.load(at + begin * stride)
+    s = _scales(s_ptr, row, begin, n_padded, SPAN, WIDTH, HOW, W)
+    p_next = gl.load(at + second * stride)
+    s_next = _scales(s_ptr, row, second, n_padded, SPAN, WIDTH, HOW, W)
+    acc = gl.full([BN, BM], 0.0, gl.float32, C)
+    p0, p1 = _halves(p)
+    s0, s1 = _halves(s)
+    e0, e1 = _halves(_select(row, begin, GROUP, FIELDS, SCALE, W))
+    a0 = _decoded(p0, s0, e0, DT, ASM, A)
+    mbarrier.wait(ready.index(slot), phase)
+    for line in range(begin, end):
+        later = gl.minimum(line + 2, end - 1)
+        p_later = gl.load(at + later * stride)
+        s_later = _scales(s_ptr, row, later, n_padded, SPAN, WIDTH, HOW, W)
+        x = tokens.index(slot)
+        acc = warpgroup_mma(a0, x.slice(0, 64, dim=1).permute((1, 0)), acc, is_async=True)
+        a1 = _decoded(p1, s1, e1, DT, ASM, A)
+        acc = warpgroup_mma_wait(0, deps=[acc])
+        acc = warpgroup_mma(a1, x.slice(64, 64, dim=1).permute((1, 0)), acc, is_async=True)
+        # All warps have started their last product with this slot, so that they are done with the one before.
+        barrier()
+        to, ahead = gl.where(slot == 0, STAGES - 1, slot - 1), line + STAGES - 1
+        _fetch(x_desc, tokens, ready, to, ahead, token, ahead < end)
+        p0, p1 = _halves(p_next)
+        s0, s1 = _halves(s_next)
+        e0, e1 = _halves(_select(row, line + 1, GROUP, FIELDS, SCALE, W))
+        a0 = _decoded(p0, s0, e0, DT, ASM, A)
+        p_next, s_next = p_later, s_later
+        slot += 1
+        phase = gl.where(slot == STAGES, phase ^ 1, phase)
+        slot = gl.where(slot == STAGES, 0, slot)
+        mbarrier.wait(ready.index(slot), phase, line + 1 < end)
+        acc = warpgroup_mma_wait(0, deps=[acc])
+    return acc, slot, phase
+
+
+@gluon.jit
+def _flat(sums):
+    """Sums (rows, tokens) in the order in which lanes hold them, four each, so that whole cache lines move."""
+    rows: gl.constexpr = sums.shape[0]
+    apart = sums.reshape(rows // 16, 2, 8, sums.shape[1] // 8, 4, 2)
+    return apart.permute(0, 3, 2, 4, 1, 5).reshape(rows * sums.shape[1])
+
+
+@gluon.jit
+def _unflat(flat, rows: gl.constexpr, C: gl.constexpr):
+    """The inverse of `_flat`."""
+    tokens: gl.constexpr = flat.shape[0] // rows
+    apart = flat.reshape(rows // 16, tokens // 8, 8, 4, 2, 2)
+    return gl.convert_layout(apart.permute(0, 4, 2, 1, 3, 5).reshape(rows, tokens), C)
+
+
+@gluon.jit
+def _halved(sums):
+    """Sums (rows, tokens) of the first and of the second half of the tokens."""
+    return gl.split(sums.reshape(sums.shape[0], 2, sums.shape[1] // 2).permute(0, 2, 1))
+
+
+@gluon.jit
+def _put(y_desc, staged, i: gl.constexpr, sums, token, w_row):
+    """Sums (rows, 64 tokens) to y, by the copy engine from the i-th of two buffers in turns."""
+    tma.store_wait(1)
+    barrier()  # for all: what was in this buffer has left
+    staged.index(i % 2).store(sums.to(y_desc.dtype).permute(1, 0))
+    fence_async_shared()
+    barrier()
+    tma.async_copy_shared_to_global(y_desc, [token + 64 * i, w_row], staged.index(i % 2))
+
+
+@gluon.jit
+def _put_all(y_desc, staged, sums, token, w_row):
+    """Sums (rows, tokens) of a tile to y."""
+    if sums.shape[1] <= 64:
+        _put(y_desc, staged, 0, sums, token, w_row)
+    else:
+        a, b = _halved(sums)
+        if sums.shape[1] == 128:
+            _put(y_desc, staged, 0, a, token, w_row)
+            _put(y_desc, staged, 1, b, token, w_row)
+        else:
+            first, second = _halved(a)
+            third, fourth = _halved(b)
+            _put(y_desc, staged, 0, first, token, w_row)
+            _put(y_desc, staged, 1, second, token, w_row)
+            _put(y_desc, staged, 2, third, token, w_row)
+            _put(y_desc, staged, 3, fourth, token, w_row)
+
+
+@gluon.jit(do_not_specialize=["m"])
+def gemm_hopper(
+    x_desc,
+    y_desc,
+    w_ptr,
+    s_ptr,
+    global_ptr,
+    bias_ptr,
+    y_ptr,
+    part_ptr,
+    count_ptr,
+    m,
+    n,
+    n_padded,
+    n_lines,
+    DT: gl.constexpr,
+    SCALE: gl.constexpr,
+    GROUP: gl.constexpr,
+    SPAN: gl.constexpr,
+    WIDTH: gl.constexpr,
+    FIELDS: gl.constexpr,
+    HOW: gl.constexpr,
+    WHERE: gl.constexpr,
+    ASM: gl.constexpr,
+    BM: gl.constexpr,
+    BN: gl.constexpr,
+    STAGES: gl.constexpr,
+    GROUP_M: gl.constexpr,
+    WARPS: gl.constexpr,
+    BIAS: gl.constexpr,
+    GLOBAL: gl.constexpr,
+    COPIED: gl.constexpr,
+):
+    """All tiles of y, BM tokens by BN rows of W, shared by all programs. COPIED: whether y_desc is used, else y_ptr."""
+    C: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BM, 16])
+    tokens = gl.allocate_shared_memory(x_desc.dtype, [STAGES, BM, 128], x_desc.layout)
+    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    staged = gl.allocate_shared_memory(y_desc.dtype, [2, y_desc.block_shape[0], BN], y_desc.layout)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(ready.index(i), count=1)
+    fence_async_shared()
+    barrier()
+    me, programs = gl.program_id(0), gl.num_programs(0)
+    m_tiles, n_tiles = gl.cdiv(m, BM), gl.cdiv(n, BN)
+    shared = m_tiles * n_tiles % programs  # tiles that are left over
+    units = shared * n_lines
+    sharers = gl.maximum(gl.minimum(units, programs), 1)  # each has a unit
+    own = _first_unit(gl.minimum(me, sharers), sharers, units)
+    after = _first_unit(gl.minimum(me + 1, sharers), sharers, units)
+    pieces = gl.where(after > own, (after - 1) // n_lines - own // n_lines + 1, 0)
+    total = pieces + m_tiles * n_tiles // programs
+    in_tile = gl.arange(0, BN, layout=gl.SliceLayout(1, C))
+    of_tokens = gl.arange(0, BM, layout=gl.SliceLayout(0, C))
+    slot, phase = gl.to_tensor(0), gl.to_tensor(0)
+    tile, begin, end = _piece(0, me, programs, pieces, own, after, shared, n_lines)
+    pn, pm = _place(tile, m_tiles, n_tiles, GROUP_M)
+    _fetch_first(x_desc, tokens, ready, slot, begin, gl.where(total > 0, end, 0), pm * BM, STAGES)
+    for i in range(total):
+        acc, slot, phase = _product(
+            tokens, ready, slot, phase, x_desc, w_ptr, s_ptr, begin, end, pm * BM, pn * BN, n_padded,
+            DT, SCALE, GROUP, SPAN, WIDTH, FIELDS, HOW, ASM, BM, BN, STAGES, WARPS, C,
+        )  # fmt: skip
+        next_tile, next_begin, next_end = _piece(i + 1, me, programs, pieces, own, after, shared, n_lines)
+        next_pn, next_pm = _place(next_tile, m_tiles, n_tiles, GROUP_M)
+        # While sums are written, the next piece's tokens are on their way; the slot used last stays free.
+        _fetch_first(
+            x_desc, tokens, ready, slot, next_begin, gl.where(i + 1 < total, next_end, 0), next_pm * BM, STAGES
+        )  # fmt: skip
+        if end < n_lines:
+            flat = _flat(acc)
+            place = gl.arange(0, BN * BM, layout=flat.type.layout)
+            gl.store(part_ptr + me.to(gl.int64) * (BN * BM) + place, flat)
+            barrier()  # all threads have stored before one of them says so
+            gl.atomic_add(count_ptr + tile, 1, sem="release")
+        else:
+            if begin > 0:
+                first = _program_of(tile * n_lines, sharers, units)
+                while gl.atomic_add(count_ptr + tile, 0, sem="acquire") < me - first:
+                    pass
+                flat = _flat(acc)
+                place = gl.arange(0, BN * BM, layout=flat.type.layout)
+                for other in range(first, me):
+                    flat += gl.load(part_ptr + other.to(gl.int64) * (BN * BM) + place, cache_modifier=".cg")
+                acc = _unflat(flat, BN, C)
+                gl.store(count_ptr + tile, 0)
+            row = pn * BN + in_tile
+            acc = _finished(
+                acc, s_ptr, global_ptr, bias_ptr, row, n, n_padded, DT, SCALE, WHERE, BIAS, GLOBAL
+            )  # fmt: skip
+            if COPIED:
+                _put_all(y_desc, staged, acc, pm * BM, pn * BN)
+            else:
+                token = pm * BM + of_tokens
+                at = y_ptr + token.to(gl.int64)[None, :] * n + row[:, None]
+                gl.store(at, acc.to(y_ptr.dtype.element_ty), (token < m)[None, :] & (row < n)[:, None])
+        tile, begin, end, pn, pm = next_tile, next_begin, next_end, next_pn, next_pm
+    if COPIED:
+        tma.store_wait(0)
