@@ -74,7 +74,8 @@ def compile_kernel(
 ) -> Any:
     """Compiles for a GPU that need not be there. All pointers and sizes are multiples of 16, as they are for models.
 
-    types  of arguments that are neither constants nor *fp32 (names that end in _ptr) nor i32
+    kernel  of Triton, or of Gluon, which knows one family of GPUs each
+    types   of arguments that are neither constants nor *fp32 (names that end in _ptr) nor i32
     """
     import triton
     from triton.backends.compiler import GPUTarget
@@ -86,8 +87,12 @@ def compile_kernel(
         for name in names
     }
     aligned = [
-        i for i, name in enumerate(names) if signature[name] not in ("constexpr", "fp32") and name != "first_group"
+        i
+        for i, name in enumerate(names)
+        if signature[name] not in ("constexpr", "fp32") and name != "first_group" and name[-5:] != "_desc"
     ]
+    if kernel.is_gluon():
+        from triton.experimental.gluon._runtime import GluonASTSource as ASTSource
     source = ASTSource(
         fn=kernel,
         signature=signature,

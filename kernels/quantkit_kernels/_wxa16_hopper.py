@@ -1,9 +1,9 @@
 """Gluon kernel of wxa16.py for 4-bit weights and many tokens on Hopper: decodes while the tensor cores work.
 
 What Triton makes of `_wxa16.gemm` decodes a line, multiplies it, waits, and decodes the next. Here the product of half
-a line (64 columns) is started, and while the tensor cores work on it the other half is decoded; two groups of four warps
-are half a line apart, so that one's product follows the other's. Tokens come by the copy engine (TMA), lines ahead;
-words straight into the registers of the lanes that decode them, two lines ahead.
+a line (64 columns) is started, and while the tensor cores work on it the other half is decoded; two groups of four
+warps are half a line apart, so that one's product follows the other's. Tokens come by the copy engine (TMA), lines
+ahead; words straight into the registers of the lanes that decode them, two lines ahead.
 
 Tiles that are left over from whole rounds are cut into equal parts, one a program (Stream-K, arXiv 2301.03598). The
 program with a tile's last part adds the others' to its own, in their order, and writes the tile: the same bits every
@@ -27,32 +27,27 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from quantkit_kernels._hopper_words import decoded, halves, scales, select, words_layout
+
 barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # its name until Triton 3.6
 
 
-@gluon.constexpr_function
-def words_layout(rows: int, warps: int) -> gl.DistributedLinearLayout:
-    """Words (rows, 16) as the operand of wgmma wants them: a lane has 4 words of a row, and of the row 8 below."""
-    lanes = [[0, 4], [0, 8], [1, 0], [2, 0], [4, 0]]
-    of_warps = [[16 << i, 0] for i in range((warps - 1).bit_length())]
-    more = [[16 * warps << i, 0] for i in range((rows // (16 * warps) - 1).bit_length())]
-    return gl.DistributedLinearLayout([[0, 1], [0, 2], [8, 0], *more], lanes, of_warps, [], [rows, 16])
-
-
 @gluon.jit
-def _first_unit(program, programs, units):
+def _first_unit(program: gl.tensor, programs: gl.tensor, units: gl.tensor) -> gl.tensor:
     """Of the units that are shared out evenly, the first one of a program. hopper_fits keeps products below 2^31."""
     return program * units // programs
 
 
 @gluon.jit
-def _program_of(unit, programs, units):
+def _program_of(unit: gl.tensor, programs: gl.tensor, units: gl.tensor) -> gl.tensor:
     """Which program has a unit: the inverse of `_first_unit`."""
     return ((unit + 1) * programs - 1) // units
 
 
 @gluon.jit
-def _place(tile, m_tiles, n_tiles, GROUP_M: gl.constexpr):
+def _place(
+    tile: gl.tensor, m_tiles: gl.tensor, n_tiles: gl.tensor, GROUP_M: gl.constexpr
+) -> tuple[gl.tensor, gl.tensor]:
     """Tile number to (row tile, token tile), as `_wxa16._place`."""
     if GROUP_M == 0:
         return tile % n_tiles, tile // n_tiles
@@ -64,7 +59,16 @@ def _place(tile, m_tiles, n_tiles, GROUP_M: gl.constexpr):
 
 
 @gluon.jit
-def _piece(i, me, programs, pieces, own, after, shared, n_lines):
+def _piece(
+    i: gl.tensor,
+    me: gl.tensor,
+    programs: gl.tensor,
+    pieces: gl.tensor,
+    own: gl.tensor,
+    after: gl.tensor,
+    shared: gl.tensor,
+    n_lines: gl.tensor,
+) -> tuple[gl.tensor, gl.tensor, gl.tensor]:
     """The i-th piece of work of a program: tile, first line, line after the last. Shared tiles first, from the last."""
     part = own // n_lines + pieces - 1 - i
     tile = gl.where(i < pieces, part, shared + me + (i - pieces) * programs)
@@ -74,14 +78,31 @@ def _piece(i, me, programs, pieces, own, after, shared, n_lines):
 
 
 @gluon.jit
-def _fetch(x_desc, tokens, ready, slot, line, token, wanted):
+def _fetch(
+    x_desc: tma.tensor_descriptor,
+    tokens: gl.shared_memory_descriptor,
+    ready: gl.shared_memory_descriptor,
+    slot: gl.tensor,
+    line: gl.tensor,
+    token: gl.tensor,
+    wanted: gl.tensor,
+) -> None:
     """Starts the copy of the tokens' columns in one line into a slot of the ring."""
     mbarrier.expect(ready.index(slot), x_desc.block_type.nbytes, wanted)
     tma.async_copy_global_to_shared(x_desc, [token, line * 128], ready.index(slot), tokens.index(slot), wanted)
 
 
 @gluon.jit
-def _fetch_first(x_desc, tokens, ready, slot, begin, end, token, STAGES: gl.constexpr):
+def _fetch_first(
+    x_desc: tma.tensor_descriptor,
+    tokens: gl.shared_memory_descriptor,
+    ready: gl.shared_memory_descriptor,
+    slot: gl.tensor,
+    begin: gl.tensor,
+    end: gl.tensor,
+    token: gl.tensor,
+    STAGES: gl.constexpr,
+) -> None:
     """Starts the copies of the first lines of a piece, from `slot` on, all but the last slot."""
     for i in gl.static_range(STAGES - 1):
         to = gl.where(slot + i >= STAGES, slot + i - STAGES, slot + i)
@@ -89,77 +110,7 @@ def _fetch_first(x_desc, tokens, ready, slot, begin, end, token, STAGES: gl.cons
 
 
 @gluon.jit
-def _scales(
-    s_ptr,
-    row,
-    line,
-    n_padded,
-    SPAN: gl.constexpr,
-    WIDTH: gl.constexpr,
-    HOW: gl.constexpr,
-    W: gl.constexpr,
-):
-    """The word with the scale of each code word of a line, (BN, 16)."""
-    word = gl.arange(0, 16, layout=gl.SliceLayout(0, W))[None, :] & 3
-    if HOW == "raw":
-        return row[:, None] * 0 + word * 0
-    else:
-        at = s_ptr + (line.to(gl.uint32) * 128 // SPAN * WIDTH).to(gl.int64) * n_padded + row
-        a = gl.load(at)[:, None]
-        if WIDTH == 1:
-            return a + word * 0
-        elif WIDTH == 2:
-            return gl.where(word < 2, a, gl.load(at + n_padded)[:, None])
-        else:
-            b = gl.load(at + n_padded)[:, None]
-            c = gl.load(at + 2 * n_padded)[:, None]
-            d = gl.load(at + 3 * n_padded)[:, None]
-            return gl.where(word < 2, gl.where(word == 0, a, b), gl.where(word == 2, c, d))
-
-
-@gluon.jit
-def _select(row, line, GROUP: gl.constexpr, FIELDS: gl.constexpr, SCALE: gl.constexpr, W: gl.constexpr):
-    """Which bytes of its word of scales each code word of a line takes, (BN, 16), as `_unpack.selector`."""
-    word = gl.arange(0, 16, layout=gl.SliceLayout(0, W))[None, :] & 3
-    if FIELDS == 1:
-        field = word * 0
-    elif GROUP >= 128:
-        field = word * 0 + ((line // (GROUP // 128)) & (FIELDS - 1))
-    else:
-        field = ((line * (128 // GROUP)) & (FIELDS - 1)) + (word * 32 // GROUP) % FIELDS
-    if SCALE == "e8m0" or SCALE == "e4m3":
-        return row[:, None] * 0 + (0x0404 + field * 0x1010 + (0x1000 if GROUP == 16 else 0))
-    else:
-        return row[:, None] * 0 + (0x1010 + field * 0x2222)
-
-
-@gluon.jit
-def _halves(t):
-    """What belongs to the words (BN, 16) of a line: for its first and for its second 64 columns, (BN, 4, 2) each."""
-    return gl.split(t.reshape(t.shape[0], 4, 2, 2).permute(0, 1, 3, 2))
-
-
-@gluon.jit
-def _decoded(p, s, select, DT: gl.constexpr, ASM: gl.constexpr, A: gl.constexpr):
-    """Words (BN, 4, 2) to the weight (BN, 64), in the registers from which wgmma reads."""
-    FLOAT: gl.constexpr = gl.bfloat16 if DT == "bf16" else gl.float16
-    a, b, c, d = gl.inline_asm_elementwise(
-        ASM,
-        "=r,=r,=r,=r,r,r,r,r,r",
-        [p, p, s, select, s],
-        dtype=(gl.int32, gl.int32, gl.int32, gl.int32),
-        is_pure=True,
-        pack=1,
-    )
-    w = gl.join(gl.join(a, b), gl.join(c, d))  # row, t, j, low bit of the pair's number, high bit
-    w = w.permute(0, 2, 4, 3, 1).reshape(p.shape[0], 32).to(gl.uint32, bitcast=True)
-    low = (w & 0xFFFF).to(gl.uint16).to(FLOAT, bitcast=True)
-    high = (w >> 16).to(gl.uint16).to(FLOAT, bitcast=True)
-    return gl.convert_layout(gl.join(low, high).reshape(p.shape[0], 64), A)
-
-
-@gluon.jit
-def _row_scale(s_ptr, row, n_padded, SCALE: gl.constexpr):
+def _row_scale(s_ptr: gl.tensor, row: gl.tensor, n_padded: gl.tensor, SCALE: gl.constexpr) -> gl.tensor:
     """The one scale of each row, float32."""
     bits = gl.load(s_ptr + gl.minimum(row, n_padded - 1)).to(gl.uint32, bitcast=True)
     if SCALE == "bf16":
@@ -172,19 +123,19 @@ def _row_scale(s_ptr, row, n_padded, SCALE: gl.constexpr):
 
 @gluon.jit
 def _finished(
-    acc,
-    s_ptr,
-    global_ptr,
-    bias_ptr,
-    row,
-    n,
-    n_padded,
+    acc: gl.tensor,
+    s_ptr: gl.tensor,
+    global_ptr: gl.tensor,
+    bias_ptr: gl.tensor,
+    row: gl.tensor,
+    n: gl.tensor,
+    n_padded: gl.tensor,
     DT: gl.constexpr,
     SCALE: gl.constexpr,
     WHERE: gl.constexpr,
     BIAS: gl.constexpr,
     GLOBAL: gl.constexpr,
-):
+) -> gl.tensor:
     """As `_wxa16.finish`: powers of two, one scale a row, the global scale, the bias."""
     if DT == "bf16":
         acc *= 1099511627776.0  # 2^40, which the weights lack
@@ -199,18 +150,18 @@ def _finished(
 
 @gluon.jit
 def _product(
-    tokens,
-    ready,
-    slot,
-    phase,
-    x_desc,
-    w_ptr,
-    s_ptr,
-    begin,
-    end,
-    token,
-    w_row,
-    n_padded,
+    tokens: gl.shared_memory_descriptor,
+    ready: gl.shared_memory_descriptor,
+    slot: gl.tensor,
+    phase: gl.tensor,
+    x_desc: tma.tensor_descriptor,
+    w_ptr: gl.tensor,
+    s_ptr: gl.tensor,
+    begin: gl.tensor,
+    end: gl.tensor,
+    token: gl.tensor,
+    w_row: gl.tensor,
+    n_padded: gl.tensor,
     DT: gl.constexpr,
     SCALE: gl.constexpr,
     GROUP: gl.constexpr,
@@ -224,7 +175,7 @@ def _product(
     STAGES: gl.constexpr,
     WARPS: gl.constexpr,
     C: gl.constexpr,
-):
+) -> tuple[gl.tensor, gl.tensor, gl.tensor]:
     """W xᵀ (BN, BM) float32 of one tile over the lines begin to end, and the next slot of the ring with its phase.
 
     `_fetch_first` has been called for the same lines.
@@ -236,32 +187,32 @@ def _product(
     stride = n_padded.to(gl.int64) * 16
     second = gl.minimum(begin + 1, end - 1)
     p = gl.load(at + begin * stride)
-    s = _scales(s_ptr, row, begin, n_padded, SPAN, WIDTH, HOW, W)
+    s = scales(s_ptr, row, begin, n_padded, SPAN, WIDTH, HOW, W)
     p_next = gl.load(at + second * stride)
-    s_next = _scales(s_ptr, row, second, n_padded, SPAN, WIDTH, HOW, W)
+    s_next = scales(s_ptr, row, second, n_padded, SPAN, WIDTH, HOW, W)
     acc = gl.full([BN, BM], 0.0, gl.float32, C)
-    p0, p1 = _halves(p)
-    s0, s1 = _halves(s)
-    e0, e1 = _halves(_select(row, begin, GROUP, FIELDS, SCALE, W))
-    a0 = _decoded(p0, s0, e0, DT, ASM, A)
+    p0, p1 = halves(p)
+    s0, s1 = halves(s)
+    e0, e1 = halves(select(row, begin, GROUP, FIELDS, SCALE, W))
+    a0 = decoded(p0, s0, e0, DT, ASM, A)
     mbarrier.wait(ready.index(slot), phase)
     for line in range(begin, end):
         later = gl.minimum(line + 2, end - 1)
         p_later = gl.load(at + later * stride)
-        s_later = _scales(s_ptr, row, later, n_padded, SPAN, WIDTH, HOW, W)
+        s_later = scales(s_ptr, row, later, n_padded, SPAN, WIDTH, HOW, W)
         x = tokens.index(slot)
         acc = warpgroup_mma(a0, x.slice(0, 64, dim=1).permute((1, 0)), acc, is_async=True)
-        a1 = _decoded(p1, s1, e1, DT, ASM, A)
+        a1 = decoded(p1, s1, e1, DT, ASM, A)
         acc = warpgroup_mma_wait(0, deps=[acc])
         acc = warpgroup_mma(a1, x.slice(64, 64, dim=1).permute((1, 0)), acc, is_async=True)
         # All warps have started their last product with this slot, so that they are done with the one before.
         barrier()
         to, ahead = gl.where(slot == 0, STAGES - 1, slot - 1), line + STAGES - 1
         _fetch(x_desc, tokens, ready, to, ahead, token, ahead < end)
-        p0, p1 = _halves(p_next)
-        s0, s1 = _halves(s_next)
-        e0, e1 = _halves(_select(row, line + 1, GROUP, FIELDS, SCALE, W))
-        a0 = _decoded(p0, s0, e0, DT, ASM, A)
+        p0, p1 = halves(p_next)
+        s0, s1 = halves(s_next)
+        e0, e1 = halves(select(row, line + 1, GROUP, FIELDS, SCALE, W))
+        a0 = decoded(p0, s0, e0, DT, ASM, A)
         p_next, s_next = p_later, s_later
         slot += 1
         phase = gl.where(slot == STAGES, phase ^ 1, phase)
@@ -272,7 +223,7 @@ def _product(
 
 
 @gluon.jit
-def _flat(sums):
+def _flat(sums: gl.tensor) -> gl.tensor:
     """Sums (rows, tokens) in the order in which lanes hold them, four each, so that whole cache lines move."""
     rows: gl.constexpr = sums.shape[0]
     apart = sums.reshape(rows // 16, 2, 8, sums.shape[1] // 8, 4, 2)
@@ -280,7 +231,7 @@ def _flat(sums):
 
 
 @gluon.jit
-def _unflat(flat, rows: gl.constexpr, C: gl.constexpr):
+def _unflat(flat: gl.tensor, rows: gl.constexpr, C: gl.constexpr) -> gl.tensor:
     """The inverse of `_flat`."""
     tokens: gl.constexpr = flat.shape[0] // rows
     apart = flat.reshape(rows // 16, tokens // 8, 8, 4, 2, 2)
@@ -288,13 +239,20 @@ def _unflat(flat, rows: gl.constexpr, C: gl.constexpr):
 
 
 @gluon.jit
-def _halved(sums):
+def _halved(sums: gl.tensor) -> tuple[gl.tensor, gl.tensor]:
     """Sums (rows, tokens) of the first and of the second half of the tokens."""
     return gl.split(sums.reshape(sums.shape[0], 2, sums.shape[1] // 2).permute(0, 2, 1))
 
 
 @gluon.jit
-def _put(y_desc, staged, i: gl.constexpr, sums, token, w_row):
+def _put(
+    y_desc: tma.tensor_descriptor,
+    staged: gl.shared_memory_descriptor,
+    i: gl.constexpr,
+    sums: gl.tensor,
+    token: gl.tensor,
+    w_row: gl.tensor,
+) -> None:
     """Sums (rows, 64 tokens) to y, by the copy engine from the i-th of two buffers in turns."""
     tma.store_wait(1)
     barrier()  # for all: what was in this buffer has left
@@ -305,7 +263,13 @@ def _put(y_desc, staged, i: gl.constexpr, sums, token, w_row):
 
 
 @gluon.jit
-def _put_all(y_desc, staged, sums, token, w_row):
+def _put_all(
+    y_desc: tma.tensor_descriptor,
+    staged: gl.shared_memory_descriptor,
+    sums: gl.tensor,
+    token: gl.tensor,
+    w_row: gl.tensor,
+) -> None:
     """Sums (rows, tokens) of a tile to y."""
     if sums.shape[1] <= 64:
         _put(y_desc, staged, 0, sums, token, w_row)
@@ -325,19 +289,19 @@ def _put_all(y_desc, staged, sums, token, w_row):
 
 @gluon.jit(do_not_specialize=["m"])
 def gemm_hopper(
-    x_desc,
-    y_desc,
-    w_ptr,
-    s_ptr,
-    global_ptr,
-    bias_ptr,
-    y_ptr,
-    part_ptr,
-    count_ptr,
-    m,
-    n,
-    n_padded,
-    n_lines,
+    x_desc: tma.tensor_descriptor,
+    y_desc: tma.tensor_descriptor,
+    w_ptr: gl.tensor,
+    s_ptr: gl.tensor,
+    global_ptr: gl.tensor,
+    bias_ptr: gl.tensor,
+    y_ptr: gl.tensor,
+    part_ptr: gl.tensor,
+    count_ptr: gl.tensor,
+    m: gl.tensor,
+    n: gl.tensor,
+    n_padded: gl.tensor,
+    n_lines: gl.tensor,
     DT: gl.constexpr,
     SCALE: gl.constexpr,
     GROUP: gl.constexpr,
@@ -355,7 +319,7 @@ def gemm_hopper(
     BIAS: gl.constexpr,
     GLOBAL: gl.constexpr,
     COPIED: gl.constexpr,
-):
+) -> None:
     """All tiles of y, BM tokens by BN rows of W, shared by all programs. COPIED: whether y_desc is used, else y_ptr."""
     C: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BM, 16])
     tokens = gl.allocate_shared_memory(x_desc.dtype, [STAGES, BM, 128], x_desc.layout)
@@ -405,7 +369,7 @@ def gemm_hopper(
                 flat = _flat(acc)
                 place = gl.arange(0, BN * BM, layout=flat.type.layout)
                 for other in range(first, me):
-                    flat += gl.load(part_ptr + other.to(gl.int64) * (BN * BM) + place, cache_modifier=".cg")
+                    flat += gl.load(part_ptr + gl.cast(other, gl.int64) * (BN * BM) + place, cache_modifier=".cg")
                 acc = _unflat(flat, BN, C)
                 gl.store(count_ptr + tile, 0)
             row = pn * BN + in_tile

@@ -1,0 +1,86 @@
+"""The Gluon kernel for many tokens on Hopper, as machine code: what makes it fast must be seen in it, without a GPU."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from packed_weights import CASES
+from triton_tools import SHARED, compile_kernel, resources, sass
+
+from quantkit_kernels import choice, layout, wxa16
+from quantkit_kernels.choice import Choice, Gpu, Problem
+
+H200 = Gpu()
+LAYOUT = "NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)"
+
+
+def compiled(case: tuple[str, str, int], one: Choice, dtype: torch.dtype = torch.bfloat16) -> Any:
+    from quantkit_kernels import _hopper_launch, _wxa16_hopper
+
+    kind, scale, group = case
+    found = wxa16._constants(kind, scale, group, wxa16.FLOATS[dtype], "before" if group else "end", True)
+    constants = {name: found[name] for name in _hopper_launch.USED}
+    constants |= {"WHERE": "before" if group else "end", "BM": one.block_m, "BN": one.block_n, "STAGES": one.stages}
+    constants |= {"GROUP_M": one.group_m, "WARPS": one.warps, "BIAS": True, "COPIED": True}
+    name = wxa16.FLOATS[dtype]
+    types = {
+        "x_desc": f"tensordesc<{name}[{one.block_m}, 128],{LAYOUT}>",
+        "y_desc": f"tensordesc<{name}[{min(64, one.block_m)}, {one.block_n}],{LAYOUT}>",
+        "w_ptr": "*i32",
+        "s_ptr": "*i32",
+        "count_ptr": "*i32",
+        "y_ptr": f"*{name}",
+        "bias_ptr": f"*{name}",
+    }
+    return compile_kernel(_wxa16_hopper.gemm_hopper, constants, 90, types, num_warps=one.warps)
+
+
+@pytest.mark.parametrize(
+    ("case", "one"),
+    [
+        (("int4", "bf16", 128), choice.hopper_tile(256, 128, 8)),
+        (("int4z", "bf16", 32), choice.hopper_tile(128, 128, 8)),
+        (("nvfp4", "e4m3", 16), choice.hopper_tile(64, 128, 8, 2)),
+        (("mxfp4", "e8m0", 32), choice.hopper_tile(128, 64, 4, 2)),
+    ],
+    ids=str,
+)
+def test_the_machine_decodes_while_it_multiplies(case: tuple[str, str, int], one: Choice, tmp_path: Path) -> None:
+    made = compiled(case, one)
+    registers, stack = resources(made, tmp_path)
+    assert stack == 0 and registers * 32 * one.warps <= 65_536
+    problem = Problem(*case[:2], 4096, 4096, case[2], one.block_m)
+    assert made.metadata.shared <= choice.shared_bytes(one, problem, one.stages, H200) <= SHARED[90]
+    each = choice.resident(one, problem, H200) // H200.sms
+    assert registers * 32 * one.warps * each <= 65_536  # as many run at once as the shares are cut for
+    text = sass(made, tmp_path)
+    loop = text[text.index("HGMMA") : text.rindex("HGMMA")]
+    assert "LDS" not in loop and "STS" not in loop and "LDL" not in text  # a weight visits no other memory
+    assert "LDG.E.128" in text and "UTMALDG" in text
+    # Between the start of a product and the wait for it lies decoding: of at least every other half of a line.
+    windows = re.findall(r"WARPGROUP\.ARRIVE(.*?)WARPGROUP\.DEPBAR", text, re.S)
+    decoded = 64 * one.block_n // (32 * one.warps) // 2  # pairs of weights of a lane in half a line
+    assert sum(len(re.findall(r"HFMA2|HMUL2", window)) for window in windows) >= decoded
+
+
+def test_what_it_takes() -> None:
+    taken = [
+        case
+        for case in CASES
+        if choice.hopper_fits(Problem(*case[:2], 136, 2176 if case[2] != 384 else 384, case[2], 64), H200)
+    ]
+    assert ("int4", "bf16", 128) in taken and ("nvfp4", "e4m3", 16) in taken and ("int4", "bf16", 0) in taken
+    assert all(layout.get(kind).bits == 4 for kind, _, _ in taken)
+    assert ("int4", "fp16", 64) not in taken  # such a scale is no bfloat16: two products a weight
+    plain = Problem("int4", "bf16", 4096, 4096, 128, 256)
+    assert choice.choose(plain, H200).path == "hopper"
+    for other in (plain._replace(m=16), plain._replace(k=4160), plain._replace(n=4100), plain._replace(kind="int8")):
+        assert not choice.hopper_fits(other, H200)
+        assert choice.fitted(choice.hopper_tile(128, 128, 8), other, H200).path != "hopper"
+    assert not choice.hopper_fits(plain, Gpu("NVIDIA B200", 100, 148))
+    assert choice.hopper_fits(plain._replace(dtype="fp16", scale_dtype="fp16"), H200)
+    assert not choice.hopper_fits(plain._replace(kind="mxfp4", scale_dtype="e8m0", group=32, dtype="fp16"), H200)
