@@ -52,6 +52,7 @@ SOURCES = (
     "_wxa16.py",
     "_wxa16_stream.py",
     "_wxa16_hopper.py",
+    "_hopper_words.py",
     "_hopper_launch.py",
     "_unpack.py",
     "_unpack_ptx.py",
