@@ -23,6 +23,7 @@ from quantkit.errors import GateError, InputError, MissingError
 from quantkit.loading import load
 from quantkit.profile import Profile
 from quantkit.progress import Progress, Silent
+from quantkit.ranks import ALONE, Ranks
 from quantkit.recipe import Recipe
 from quantkit.recipe.calibration import TextSource
 from quantkit.recipe.gates import Limit, limits
@@ -65,6 +66,7 @@ def quantize(
     calibration_data: Iterable[Any] | None = None,
     shards: Shards | None = None,
     progress: Progress | None = None,
+    ranks: Ranks = ALONE,
 ) -> Result:
     """Quantizes a model, writes it, reloads it from disk and checks its gates.
 
@@ -78,6 +80,8 @@ def quantize(
     calibration_data  texts, or chats as lists of {"role", "content"}, in place of the recipe's calibration.data; read
                       once, and only as far as the rows need
     shards     is told of each file of weights when it is whole
+    ranks      the processes that do it together, `with quantkit.joining.joined() as ranks:`; all of them call this.
+               Rank 0 alone reads calibration_data, writes, validates, and has a validation in its result
 
     A gate that fails does not raise: the output is kept, marked as failed, and `result.validation.status` says so.
     Raises InputError or MissingError when it cannot be done, and then nothing is left behind; GateError when the output
@@ -87,6 +91,7 @@ def quantize(
     if calibration_data is not None:
         overrides = (*overrides, f"calibration.data={calibration.PYTHON}")
     settled = Recipe.from_any(recipe, overrides, model=model)
+    ranks.agree("recipe", {"quantkit": versions()["quantkit"], **settled.to_dict()})
     again = settled.scheme.auto is not None or (
         settled.validation is not None and settled.validation.repair is not None
     )
@@ -94,7 +99,10 @@ def quantize(
         calibration_data = list(calibration_data)  # read more than once
     where = pick_device(device)
     source = hub.resolve(settled.model)
+    ranks.agree("model", {"fingerprint": source.fingerprint()})
     folder = Path(out).expanduser() if out is not None else Path(default_name(source, settled))
+    if not ranks.first:
+        return _help(folder, where, ranks)
     chosen: dict[str, Any] | None = None
     if settled.scheme.auto is not None:
         output.check(folder, source.folder, None, overwrite=True)  # what is never replaced, before anything is measured
@@ -105,7 +113,7 @@ def quantize(
     if settled.validation is not None and settled.validation.repair is not None:
         repair.check(plan, settled.validation.repair)
     timed = Profile(where, on=profile)
-    run = _Run(where, progress, timed, calibration_data, chosen, shards)
+    run = _Run(where, progress, timed, calibration_data, chosen, shards, ranks)
     with output.staged(folder) as staging:
         summary, proof, unusable = _repaired(plan, staging, run)
         if shards is not None:
@@ -114,7 +122,16 @@ def quantize(
             progress.say(line)
     if unusable is not None:
         raise GateError(f"{folder}: {unusable}")
+    ranks.told({"summary": summary})
     return Result(folder, summary, proof)
+
+
+def _help(folder: Path, device: torch.device, ranks: Ranks) -> Result:
+    """What ranks but the first do: their part of each quantization that rank 0 begins, until it is done."""
+    while "summary" not in (message := ranks.told()):
+        plan = planning.make(Recipe.parse(message["recipe"]))
+        pipeline.quantize(plan, folder, device=device, progress=Silent(), ranks=ranks)
+    return Result(folder, message["summary"], None)
 
 
 @dataclass(frozen=True)
@@ -127,6 +144,7 @@ class _Run:
     texts: Any
     allocation: dict[str, Any] | None
     shards: Shards | None
+    ranks: Ranks
 
 
 _Outcome = tuple[dict[str, Any], Validation | None, GateError | None]
@@ -168,6 +186,7 @@ def _repaired(plan: planning.Plan, staging: Path, run: _Run) -> _Outcome:
 
 def _once(plan: planning.Plan, staging: Path, run: _Run) -> _Outcome:
     """Quantizes into an empty folder, and measures it: quantkit.json's content, the proof, or why it is unusable."""
+    run.ranks.told({"recipe": plan.recipe.to_yaml()})
     done = pipeline.quantize(
         plan,
         staging,
@@ -176,6 +195,7 @@ def _once(plan: planning.Plan, staging: Path, run: _Run) -> _Outcome:
         profile=run.profile,
         calibration_data=run.texts,
         shards=run.shards,
+        ranks=run.ranks,
     )
     (staging / output.RECIPE).write_text(plan.recipe.to_yaml(), "utf-8")
     summary = {**_summary(plan, done), "allocation": run.allocation}

@@ -23,6 +23,7 @@ import typer
 from quantkit import __version__, cli_hub, cli_running
 from quantkit.cli_running import Device, DeviceOption
 from quantkit.errors import GateError, InputError, MissingError, QuantkitError
+from quantkit.joining import is_launched, joined, leave
 
 if TYPE_CHECKING:
     from quantkit.api import Validation
@@ -62,7 +63,10 @@ Sets = Annotated[
 def _fail(code: int, message: str) -> NoReturn:
     if os.environ.get("QUANTKIT_DEBUG") == "1":
         traceback.print_exc()
-    print(f"error: {message}", file=sys.stderr)
+    rank = os.environ.get("RANK", "0") if is_launched() else "0"
+    print(f"error: rank {rank}: {message}" if rank != "0" else f"error: {message}", file=sys.stderr)
+    if is_launched():
+        leave(code)
     raise typer.Exit(code)
 
 
@@ -83,6 +87,8 @@ def _guarded(command: Command) -> Command:
             raise typer.Exit(1) from None
         except typer.Exit:
             raise
+        except SystemExit as error:  # another of several ranks has said why
+            leave(int(error.code or 0))
         except Exception as error:
             code, message = _unplanned(error)
             _fail(code, message)
@@ -139,23 +145,34 @@ def quantize(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an output of an earlier run.")] = False,
     profile: Annotated[bool, typer.Option("--profile", help="Say at the end where the time went.")] = False,
 ) -> None:
-    """Quantize a model by a recipe, write it, reload it from disk and validate it."""
+    """Quantize a model by a recipe, write it, reload it from disk and validate it.
+
+    On several GPUs: torchrun --nproc-per-node N -m quantkit quantize RECIPE.
+    """
     from quantkit.recipe import Recipe
 
-    # Read before the rest is imported, so that a mistake in it is told at once.
-    resolved = Recipe.load(recipe, sets or (), model=model)
-    from quantkit import report
-    from quantkit.progress import Progress
+    with joined(device.value) as group:
+        # Read before the rest is imported, so that a mistake in it is told at once.
+        resolved = Recipe.load(recipe, sets or (), model=model)
+        from quantkit import report
+        from quantkit.progress import Progress, Silent
 
-    api = _api()
-    with Progress.for_terminal() as progress:
-        if resolved.push is not None:
-            progress.say("the recipe's push is for quantkit run; quantize pushes nothing")
-        result = api.quantize(
-            resolved, out=out, device=device.value, overwrite=overwrite, profile=profile, progress=progress
-        )
-    report.print_result(result.summary, str(result.out))
-    _check_gates(result.validation)
+        api = _api()
+        with Progress.for_terminal() if group.first else Silent() as progress:
+            if resolved.push is not None:
+                progress.say("the recipe's push is for quantkit run; quantize pushes nothing")
+            result = api.quantize(
+                resolved,
+                out=out,
+                device=device.value,
+                overwrite=overwrite,
+                profile=profile,
+                progress=progress,
+                ranks=group,
+            )
+    if group.first:
+        report.print_result(result.summary, str(result.out))
+        _check_gates(result.validation)
 
 
 @app.command()

@@ -17,6 +17,7 @@ from quantkit.links import Link
 from quantkit.observation import Observed
 from quantkit.plan import Plan
 from quantkit.progress import Progress
+from quantkit.ranks import ALONE, Ranks
 from quantkit.recipe.named import Transform
 from quantkit.transforms import Consumer
 from quantkit.transforms._fold import fold_all
@@ -24,12 +25,18 @@ from quantkit.types import Notes, Stats
 
 
 def fold(
-    plan: Plan, block: blocks.Block, batch: blocks.Batch, seen: Observed, progress: Progress
+    plan: Plan,
+    block: blocks.Block,
+    batch: blocks.Batch,
+    seen: Observed,
+    progress: Progress,
+    ranks: Ranks = ALONE,
 ) -> list[dict[str, Any]]:
     """Applies the recipe's scaling transforms, in their order, to a loaded block. Leaves its parameters in float32.
 
     batch  the block is checked on its first row
     seen   statistics of the block's inputs; those behind a fold are replaced by what they became
+    ranks  each chooses scales by the statistics that it has; rank 0 folds and checks, the others take its weights
     Returns a line a fold for the report: transform, producer, consumers, smallest and largest scale.
     """
     ghost = plan.skeleton
@@ -40,19 +47,28 @@ def fold(
     module, one = ghost.model.get_submodule(block.name), blocks.first_row(batch, block.index)
     links = [x for x in plan.links if x.block == block.name]
     report: list[dict[str, Any]] = []
+    device = one.mask.device
     for transform in plan.recipe.transforms:
         if not hasattr(transform.module, "scales"):
             continue
         notes = Notes()
-        wanted = {x: s for x in links if (s := _scales(plan, x, transform, seen, notes)) is not None}
-        done = fold_all(
-            ghost.model,
-            wanted,
-            lambda: blocks.run(module, one, block.index),
-            stored=lambda name: DTYPES[skeleton.spec_of(ghost, name).dtype],
-            notes=notes,
-            hidden=one.hidden.to(one.mask.device),
-        )
+        here = {i: x for i, x in enumerate(links) if _where(x, seen) == ranks.rank}
+        found = {i: _scales(plan, x, transform, seen, notes) for i, x in here.items()}
+        wanted = _known(found, links, ranks, device)
+        done: dict[Link, torch.Tensor] = {}
+        if ranks.first:
+            done = fold_all(
+                ghost.model,
+                wanted,
+                lambda: blocks.run(module, one, block.index),
+                stored=lambda name: DTYPES[skeleton.spec_of(ghost, name).dtype],
+                notes=notes,
+                hidden=one.hidden.to(device),
+            )
+        if not ranks.alone:
+            done = _known({i: done.get(x) for i, x in enumerate(links)} if ranks.first else {}, links, ranks, device)
+            _same_weights(plan, block, ranks, device)
+            notes = Notes([line for lines in ranks.everyone(notes.lines) for line in lines])
         for link, s in done.items():
             _follow(seen, link, link.spread(s))
             report.append(_line(transform.name, link, s))
@@ -82,6 +98,30 @@ def _scales(plan: Plan, link: Link, transform: Transform, seen: Observed, notes:
     except InputError as e:
         raise InputError(f"{link.producer} -> {', '.join(link.consumers)}: {e}") from None
     return found
+
+
+def _where(link: Link, seen: Observed) -> int:
+    """The rank that has the statistics which `_stats` gives; rank 0 where all have them, or none."""
+    if link.kind == "norm" and any(_owner(name, seen) is not None for name in link.consumers):
+        return 0
+    return next((seen.where[name] for name in link.consumers if name in seen.where), 0)
+
+
+def _known(
+    found: dict[int, torch.Tensor | None], links: list[Link], ranks: Ranks, device: torch.device
+) -> dict[Link, torch.Tensor]:
+    """Scales of links, by their numbers and each known to one rank, as all ranks have them."""
+    everything = ranks.spread({i: [] if s is None else [s] for i, s in found.items()}, device)
+    return {link: own[0] for link, own in zip(links, everything, strict=True) if own}
+
+
+def _same_weights(plan: Plan, block: blocks.Block, ranks: Ranks, device: torch.device) -> None:
+    """Gives every rank the weights that the block has on rank 0."""
+    ghost = plan.skeleton
+    names = ghost.parameters(block.name + ".")
+    mine = {i: [ghost.get(name)] for i, name in enumerate(names)} if ranks.first else {}
+    for name, (tensor,) in zip(names, ranks.spread(mine, device), strict=True):
+        ghost.put(name, tensor)
 
 
 def _stats(link: Link, seen: Observed) -> Stats | None:

@@ -16,7 +16,8 @@ from torch import nn
 from quantkit import blocks, kv_cache
 from quantkit.errors import InputError
 from quantkit.experts import Experts, shrink
-from quantkit.stats import SAMPLE, Observer
+from quantkit.ranks import ALONE, Parcel, Ranks
+from quantkit.stats import BLOCK, SAMPLE, Observer, counted, strips_of
 from quantkit.types import Notes, Stats
 
 
@@ -24,11 +25,13 @@ from quantkit.types import Notes, Stats
 class Observed:
     """What was seen: statistics by name of linear, and by name of the modules that hold experts, of their own input.
 
+    where   the rank that has the statistics of a name; those of experts' own input are on all
     tokens  of each expert (its name): how many it was given
     notes   what must be told of an expert's statistics
     """
 
     stats: dict[str, Stats] = field(default_factory=dict)
+    where: dict[str, int] = field(default_factory=dict)
     tokens: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
@@ -41,16 +44,20 @@ def observe(
     *,
     peaks: kv_cache.Peaks | None = None,
     prior: float = 1.0,
+    ranks: Ranks = ALONE,
+    owners: Mapping[str, int] | None = None,
 ) -> Observed:
     """Runs a loaded block over all batches.
 
     needs  statistics by name of linear; those with none are left out
     peaks  takes keys and values too, when their scales are wanted
     prior  weight of what all tokens would give an expert, in tokens per input channel
+    ranks  who else runs the block: each has every size-th batch, as `share` in the pipeline deals them
+    owners the rank that gets the statistics of a group, by its first linear
     Where a batch carries the dense model's hidden states, they are taken through the block as well (`Batch.onward`).
     Raises InputError naming the linear whose input holds NaN or Inf.
     """
-    seen = _Seen(model, block, batches, needs)
+    seen = _Seen(model, block, batches, needs, ranks, owners or {})
     module = model.get_submodule(block.name)
     for batch in batches:
         dense: dict[str, torch.Tensor] = {}
@@ -62,11 +69,21 @@ def observe(
                 blocks.run(module, batch, block.index)
             else:
                 kv_cache.observe(module, batch, block, peaks)
+        seen.deliver()
+    for _ in range(seen.rounds - len(batches)):
+        seen.deliver()
+    if peaks is not None:
+        ranks.largest(peaks.absmax or ())
     return seen.result(prior)
 
 
 class _Seen:
-    """The observers of one block."""
+    """The observers of one block.
+
+    Of several ranks, each has the observers of some of the inputs, and is sent what the others see of them: after each
+    batch, in the order of the batches. So an observer adds up the same numbers in the same order, however many ranks
+    there are. Of a large Gram matrix some strips may be summed on other ranks than the owner's.
+    """
 
     def __init__(
         self,
@@ -74,15 +91,18 @@ class _Seen:
         block: blocks.Block,
         batches: Sequence[blocks.Batch],
         needs: Mapping[str, frozenset[str]],
+        ranks: Ranks,
+        owners: Mapping[str, int],
     ) -> None:
-        self.model = model
-        total = sum(batch.mask.numel() for batch in batches)
-        device = batches[0].mask.device
-        stride = max(1, total // SAMPLE)
+        self.model, self.ranks = model, ranks
+        sizes = ranks.everyone([len(batches), sum(batch.mask.numel() for batch in batches)])
+        self.rounds = max(count for count, _ in sizes)
+        self.device = batches[0].mask.device
+        self.stride = max(1, sum(tokens for _, tokens in sizes) // SAMPLE)
         self.groups: dict[str, tuple[str, ...]] = {}
-        self.observers: dict[str, Observer] = {}
         self.experts: dict[str, Experts] = {}
-        self.everyone: dict[str, Observer] = {}
+        self.needs: dict[str, frozenset[str]] = {}  # of each input that is observed: a group's, an `Experts`' own
+        self.widths: dict[str, int] = {}
         inside = {f"{block.name}.{name}" if name else block.name: m for name, m in _experts(model, block)}
         for group in block.groups:
             wanted = frozenset().union(*(needs.get(name, frozenset()) for name in group))
@@ -92,18 +112,27 @@ class _Seen:
                 wanted -= {"drift"}
             if not wanted:
                 continue
-            weight = model.get_parameter(f"{group[0]}.weight")
             self.groups[group[0]] = group
-            self.observers[group[0]] = Observer(wanted, weight.shape[1], device, stride=stride)
+            self.needs[group[0]], self.widths[group[0]] = wanted, model.get_parameter(f"{group[0]}.weight").shape[1]
             if owner is not None and owner not in self.experts:
                 self.experts[owner] = inside[owner]
-                self.everyone[owner] = Observer(wanted | {"sample"}, inside[owner].width, device, stride=stride)
+                self.needs[owner], self.widths[owner] = wanted | {"sample"}, inside[owner].width
         self.owner = {n: o for n in self.groups for o in self.experts if n.startswith(o + ".")}
+        self.where = {key: owners.get(key, 0) for key in self.needs}
+        self.strips = _divided(self.needs, self.widths, self.where, ranks.size)
+        self.observers = {key: self._observer(key) for key in self.needs if ranks.rank in self.strips[key]}
+        self._waiting: list[Parcel] = []
+
+    def _observer(self, key: str) -> Observer:
+        own = self.where[key] == self.ranks.rank
+        needs = self.needs[key] if own else frozenset({"gram"})
+        strips = self.strips[key][self.ranks.rank]
+        return Observer(needs, self.widths[key], self.device, stride=self.stride, strips=strips)
 
     @property
     def drifting(self) -> list[str]:
         """Linears whose input in the dense model is wanted beside that in the quantized one."""
-        return [name for name, observer in self.observers.items() if "drift" in observer.needs]
+        return [name for name, needs in self.needs.items() if "drift" in needs]
 
     @contextmanager
     def watching(self, batch: blocks.Batch, dense: Mapping[str, torch.Tensor]) -> Iterator[None]:
@@ -114,13 +143,10 @@ class _Seen:
             if name in self.owner:
                 experts = self.experts[self.owner[name]]
                 mask = mask.reshape(-1)[experts.routed(experts.number(name.removeprefix(self.owner[name] + ".")))]
-            try:
-                self.observers[name].update(x, mask, dense.get(name))
-            except InputError as e:
-                raise InputError(f"{name}: {e}") from None
+            self._see(name, x, mask, dense.get(name))
 
         def see_all(name: str, x: torch.Tensor) -> None:
-            self.everyone[name].update(*self.experts[name].given(x, batch.mask))
+            self._see(name, *self.experts[name].given(x, batch.mask), None)
 
         with (
             blocks.watched(self.model, list(self.experts), see_all),
@@ -128,33 +154,114 @@ class _Seen:
         ):
             yield
 
+    def _see(self, key: str, x: torch.Tensor, mask: torch.Tensor, dense: torch.Tensor | None) -> None:
+        if self.ranks.alone:
+            self._update(key, x, mask, dense)
+            return
+        # Copied: what runs next may write into it before it is sent.
+        tensors = [counted(t, mask).clone() for t in (x, dense) if t is not None]
+        self._waiting.append(Parcel(list(self.needs).index(key), list(self.strips[key]), tensors))
+
+    def _update(self, key: str, x: torch.Tensor, mask: torch.Tensor | None, dense: torch.Tensor | None = None) -> None:
+        try:
+            self.observers[key].update(x, mask, dense)
+        except InputError as e:
+            raise InputError(f"{key}: {e}") from None
+
+    def deliver(self) -> None:
+        """Brings what one batch of each rank gave to its observers."""
+        if self.ranks.alone:
+            return
+        keys = list(self.needs)
+        parcels, self._waiting = self._waiting, []
+        for number, _, (x, *dense) in self.ranks.deliver(parcels, self.device):
+            self._update(keys[number], x, None, *dense)
+
+    def _gather_strips(self) -> None:
+        """Brings the strips of a Gram matrix to the rank that has the others of it."""
+        keys = list(self.needs)
+        parcels = []
+        for i, key in enumerate(keys):
+            if self.ranks.rank in self.strips[key] and self.where[key] != self.ranks.rank:
+                parcels.append(Parcel(i, [self.where[key]], list(self.observers.pop(key).gram.values())))
+        for i, source, strips in self.ranks.deliver(parcels, self.device):
+            self.observers[keys[i]].gram |= zip(self.strips[keys[i]][source], strips, strict=True)
+
     def result(self, prior: float) -> Observed:
-        found = Observed()
-        for owner, observer in self.everyone.items():
-            found.stats[owner] = observer.result()
+        found = Observed(where={name: self.where[key] for key, group in self.groups.items() for name in group})
+        self._gather_strips()
+        tokens = {key: x.tokens for key, x in self.observers.items()}
+        own = {i: self.observers.pop(key).result() for i, key in enumerate(self.experts) if key in self.observers}
+        found.stats |= zip(self.experts, everywhere(own, self.ranks, self.device), strict=True)
+        counts = {key: n for one in self.ranks.everyone(tokens) for key, n in one.items()}
+        notes: dict[str, list[str]] = {}
         for first, group in self.groups.items():
-            stats = self.observers[first].result()
             if first in self.owner:
-                stats = self._drawn(first, stats, found, prior)
+                found.tokens[self._expert(first)] = counts[first]
+            if self.where[first] != self.ranks.rank:
+                continue
+            stats = self.observers.pop(first).result()
+            if first in self.owner:
+                lines = Notes()
+                stats = self._drawn(first, stats, found.stats[self.owner[first]], prior, lines)
+                notes[first] = [f"{self._expert(first)}: {line}" for line in lines.lines]
             found.stats |= dict.fromkeys(group, stats)
+        said = {key: lines for one in self.ranks.everyone(notes) for key, lines in one.items()}
+        found.notes = [line for first in self.groups for line in said.get(first, [])]
         return found
 
-    def _drawn(self, first: str, stats: Stats, found: Observed, prior: float) -> Stats:
+    def _expert(self, first: str) -> str:
+        """The name of the expert that a linear belongs to."""
+        owner = self.owner[first]
+        return f"{owner}.{self.experts[owner].number(first.removeprefix(owner + '.'))}"
+
+    def _drawn(self, first: str, stats: Stats, everyone: Stats, prior: float, notes: Notes) -> Stats:
         """An expert's statistics, drawn towards those that all tokens would have given it."""
         owner = self.owner[first]
-        experts, everyone = self.experts[owner], found.stats[owner]
-        number = experts.number(first.removeprefix(owner + "."))
-        found.tokens[f"{owner}.{number}"] = stats.tokens
-        if not experts.reads_hidden(first.removeprefix(owner + ".")):
+        experts, name = self.experts[owner], first.removeprefix(owner + ".")
+        if not experts.reads_hidden(name):
             assert everyone.sample_MK is not None
-            x = experts.intermediate(number, everyone.sample_MK)
-            observer = Observer(self.observers[first].needs, x.shape[1], x.device)
+            x = experts.intermediate(experts.number(name), everyone.sample_MK)
+            observer = Observer(self.needs[first], x.shape[1], x.device)
             observer.update(x)
             everyone = observer.result()
-        notes = Notes()
-        drawn = shrink(stats, everyone, prior, notes=notes)
-        found.notes += [f"{owner}.{number}: {line}" for line in notes.lines]
-        return drawn
+        return shrink(stats, everyone, prior, notes=notes)
+
+
+def everywhere(mine: Mapping[int, Stats], ranks: Ranks, device: torch.device) -> list[Stats]:
+    """Numbered statistics, each on one rank, on all ranks: by their numbers, 0, 1, 2, ..."""
+    if ranks.alone:
+        return [mine[i] for i in sorted(mine)]
+    parts = {i: {k: t for k, t in vars(stats).items() if isinstance(t, torch.Tensor)} for i, stats in mine.items()}
+    tensors = ranks.spread({i: list(own.values()) for i, own in parts.items()}, device)
+    said = ranks.everyone({i: [mine[i].tokens, list(own)] for i, own in parts.items()})
+    known = {int(i): x for one in said for i, x in one.items()}
+    return [Stats(known[i][0], **dict(zip(known[i][1], own, strict=True))) for i, own in zip(sorted(known), tensors)]
+
+
+def _divided(
+    needs: Mapping[str, frozenset[str]], widths: Mapping[str, int], where: Mapping[str, int], size: int
+) -> dict[str, dict[int, list[int]]]:
+    """Of each input, the ranks that observe it, and the strips of its Gram matrix that each of them sums.
+
+    where  the rank of each input; it gives strips away where that makes the work of all ranks more even
+    """
+    found = {key: {where[key]: list(strips_of(widths[key]))} for key in needs}
+    strips = [
+        (key, s, (widths[key] - s) * min(BLOCK, widths[key] - s)) for key in needs for s in strips_of(widths[key])
+    ]
+    strips = [x for x in strips if "gram" in needs[x[0]]]
+    load = [0] * size
+    for key, _, cost in strips:
+        load[where[key]] += cost
+    for key, start, cost in sorted(strips, key=lambda x: -x[2]):
+        rank = load.index(min(load))
+        if widths[key] > BLOCK and load[rank] + cost < load[where[key]]:
+            load[rank] += cost
+            load[where[key]] -= cost
+            found[key][where[key]].remove(start)
+            found[key].setdefault(rank, []).append(start)
+    return found
 
 
 def _experts(model: nn.Module, block: blocks.Block) -> list[tuple[str, Experts]]:

@@ -21,16 +21,29 @@ from typing import Any
 
 import torch
 
-from quantkit import blocks, calibration, folding, formats, kv_cache, observation, skeleton, solve, streaming, tuning
+from quantkit import (
+    blocks,
+    calibration,
+    folding,
+    formats,
+    kv_cache,
+    observation,
+    shares,
+    skeleton,
+    solve,
+    streaming,
+    tuning,
+)
 from quantkit.checkpoint import DTYPES, Shards, ShardWriter
 from quantkit.errors import InputError
 from quantkit.experts import FEW, coverage
 from quantkit.hub import read_json
 from quantkit.inventory import account
 from quantkit.output import copy_files, write_json
-from quantkit.plan import Plan, outside, tokenizer, whole
+from quantkit.plan import Linear, Plan, outside, tokenizer, whole
 from quantkit.profile import Profile
 from quantkit.progress import Progress
+from quantkit.ranks import ALONE, Ranks
 from quantkit.transforms.rotation import TOLERANCE, Rotation
 
 CONFIG = "config.json"
@@ -47,6 +60,7 @@ class Run:
     dtype: torch.dtype
     progress: Progress
     profile: Profile
+    ranks: Ranks = ALONE
     layers: list[dict[str, Any]] = field(default_factory=list)
     folds: list[dict[str, Any]] = field(default_factory=list)
     experts: dict[str, int] = field(default_factory=dict)
@@ -69,6 +83,7 @@ def quantize(
     profile: Profile | None = None,
     calibration_data: Iterable[Any] | None = None,
     shards: Shards | None = None,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
     """Quantizes a planned model into an empty folder; returns what quantkit.json says of the layers, data and files.
 
@@ -76,13 +91,17 @@ def quantize(
     profile  takes the seconds of each part of the work
     calibration_data  texts or chats in place of the recipe's; read once
     shards   is told of each file of weights when it is whole
+    ranks    who else works on it; all call this, rank 0 alone reads the data, writes, and has something to return
     """
     for warning in plan.warnings:
         progress.warn(warning)
-    rows = _rows(plan, progress, calibration_data)
+    rows = shares.rows(_rows(plan, progress, calibration_data) if ranks.first else None, plan, ranks)
+    if rows is None and not ranks.first:
+        return {}  # the disk's work, which several ranks would not do faster
     dtype = torch.float32 if device.type == "cpu" else plan.skeleton.dtype
-    writer = ShardWriter(folder, plan.specs, plan.recipe.export.shard_bytes, shards)
-    run = Run(plan, writer, device, dtype, progress, profile or Profile(device, on=False))
+    size = plan.recipe.export.shard_bytes
+    writer = ShardWriter(folder, plan.specs, size, shards) if ranks.first else shares.Nowhere()
+    run = Run(plan, writer, device, dtype, progress, profile or Profile(device, on=False), ranks)
     try:
         if rows is None:
             with run.profile("stream"):
@@ -92,6 +111,8 @@ def quantize(
         weights = writer.close()
     finally:
         writer.abort()
+    if not ranks.first:
+        return {}
     files = _files(plan, folder, weights)
     return {
         "data": _data(rows),
@@ -200,7 +221,7 @@ def _outside(run: Run, rows: calibration.Rows) -> list[blocks.Batch]:
     for buffer in ghost.model.buffers():
         buffer.data = buffer.data.to(run.device)
     size = plan.recipe.calibration.batch_size
-    pairs = zip(rows.ids_RL.split(size), rows.mask_RL.split(size), strict=True)
+    pairs = run.ranks.share(zip(rows.ids_RL.split(size), rows.mask_RL.split(size), strict=True))
     on_device = ((i.to(run.device), m.to(run.device)) for i, m in pairs)
     keep = _host if _on_host(run, rows) else (lambda x: x)
     batches = blocks.begin(ghost, plan.structure, on_device, keep)
@@ -216,7 +237,7 @@ def _on_host(run: Run, rows: calibration.Rows) -> bool:
     if run.device.type == "cpu":
         return False
     hidden = run.plan.skeleton.model.config.get_text_config().hidden_size
-    size = rows.ids_RL.numel() * hidden * run.dtype.itemsize * (3 if run.plan.carries_dense else 1)
+    size = rows.ids_RL.numel() // run.ranks.size * hidden * run.dtype.itemsize * (3 if run.plan.carries_dense else 1)
     free, _ = torch.cuda.mem_get_info(run.device)
     wanted = run.plan.recipe.calibration.hidden
     host = wanted == "host" or (wanted == "auto" and size > free * HIDDEN_SHARE)
@@ -245,7 +266,7 @@ def _block(run: Run, block: blocks.Block, batches: list[blocks.Batch]) -> None:
     if plan.links:
         run.progress.doing("transform")
         with profile("transform"):
-            run.folds += folding.fold(plan, block, batches[0], seen, run.progress)
+            run.folds += folding.fold(plan, block, batches[0], seen, run.progress, run.ranks)
         with profile("observe"):
             _observe_folded(run, block, batches, seen, peaks)
     if peaks is not None:
@@ -301,7 +322,10 @@ def _observe(
         return observation.Observed()
     run.progress.doing("observe")
     prior = plan.recipe.calibration.expert_prior
-    seen = observation.observe(plan.skeleton.model, block, batches, needs, peaks=peaks, prior=prior)
+    owners = shares.owners(block, plan, run.ranks.size)
+    seen = observation.observe(
+        plan.skeleton.model, block, batches, needs, peaks=peaks, prior=prior, ranks=run.ranks, owners=owners
+    )
     run.experts |= seen.tokens
     for line in dict.fromkeys(seen.notes):
         run.progress.warn(line)
@@ -337,7 +361,8 @@ def _observe_folded(
     needs = {name: plan.needs(plan.linears[name]) & {"magnitudes"} for name in block.linears}
     if peaks is None and not any(needs.values()):
         return
-    again = observation.observe(plan.skeleton.model, block, batches, needs, peaks=peaks)
+    owners = shares.owners(block, plan, run.ranks.size)
+    again = observation.observe(plan.skeleton.model, block, batches, needs, peaks=peaks, ranks=run.ranks, owners=owners)
     for name, stats in again.stats.items():
         if name in seen.stats:
             seen.stats[name] = replace(seen.stats[name], magnitudes=stats.magnitudes)
@@ -349,7 +374,7 @@ def _solve(
     """Codes of every linear of the block that is quantized, by name in memory; the decoded weights are in place."""
     with run.profile("quantize"):
         if hasattr(run.plan.recipe.method.module, "quantize_block"):
-            found = tuning.tune(run.plan, block, batches, seen.stats, run.progress)
+            found = tuning.tune(run.plan, block, batches, seen.stats, run.progress, run.ranks)
         else:
             found = _solve_each(run, block, seen)
     for x in found:
@@ -362,15 +387,19 @@ def _solve(
 def _solve_each(run: Run, block: blocks.Block, seen: observation.Observed) -> list[solve.Solved]:
     """Layers that share an input together, one such group after the other; frees their statistics."""
     linears, model = run.plan.linears, run.plan.skeleton.model
-    found: list[solve.Solved] = []
+    owners = shares.owners(block, run.plan, run.ranks.size)
+    stacks: list[list[Linear]] = []
+    found: dict[int, list[solve.Solved]] = {}
     for k, group in enumerate(block.groups, 1):
         run.progress.doing(f"quantize {k}/{len(block.groups)}")
         for alike in solve.by_scheme([linears[m] for m in group if linears[m].scheme is not None]):
-            weights = [model.get_submodule(x.module).weight for x in alike]
-            found += solve.solve(run.plan, alike, weights, seen.stats.get(alike[0].module))
+            if owners[group[0]] == run.ranks.rank:
+                weights = [model.get_submodule(x.module).weight for x in alike]
+                found[len(stacks)] = solve.solve(run.plan, alike, weights, seen.stats.get(alike[0].module))
+            stacks.append(alike)
         for m in group:
             seen.stats.pop(m, None)
-    return found
+    return shares.exchange(stacks, found, run.ranks, run.device)
 
 
 def _write(run: Run, names: Sequence[str], solved: dict[str, solve.Solved]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 
 from quantkit.numerics._activations import Magnitudes
@@ -9,7 +11,7 @@ from quantkit.types import Stats
 
 KNOWN = frozenset({"gram", "energy", "absmax", "absmean", "magnitudes", "sample", "drift"})
 SAMPLE = 4096  # tokens kept as they are
-BLOCK = 2048  # columns of a Gram matrix that are summed at once; the products below its diagonal are not computed twice
+BLOCK = 2048  # rows of a strip of a Gram matrix, which is summed from its diagonal on: the rest is known by symmetry
 
 
 class Observer:
@@ -17,9 +19,18 @@ class Observer:
 
     needs   names of the fields of Stats, of `KNOWN`
     stride  of the tokens seen, every how many-th is kept for "sample"
+    strips  the strips of the Gram matrix that are summed here, by their first row; by default all, which `result` needs
     """
 
-    def __init__(self, needs: frozenset[str], k: int, device: torch.device | str, *, stride: int = 1) -> None:
+    def __init__(
+        self,
+        needs: frozenset[str],
+        k: int,
+        device: torch.device | str,
+        *,
+        stride: int = 1,
+        strips: Iterable[int] | None = None,
+    ) -> None:
         if unknown := needs - KNOWN:
             raise ValueError(f"no statistic is named {sorted(unknown)}")
 
@@ -27,9 +38,10 @@ class Observer:
             return torch.zeros(shape, dtype=torch.float32, device=device)
 
         self.needs = needs
-        self.tokens = 0
+        self.tokens, self.channels = 0, k
         self.stride = stride
-        self._gram = zeros(k, k) if "gram" in needs else None
+        starts = () if "gram" not in needs else strips_of(k) if strips is None else strips
+        self.gram = {start: zeros(min(BLOCK, k - start), k - start) for start in starts}
         self._drift = zeros(k, k) if "drift" in needs else None
         self._energy = zeros(k) if "energy" in needs else None
         self._absmax = zeros(k) if "absmax" in needs else None
@@ -43,19 +55,19 @@ class Observer:
         dense  what the dense model has in the place of x, same shape; for "drift"
         Raises InputError when magnitudes are counted and x holds NaN or Inf.
         """
-        x = _kept(x, mask)
+        x = counted(x, mask)
         before, self.tokens = self.tokens, self.tokens + x.shape[0]
         if not x.shape[0]:
             return
         if self._sample is not None:
             kept = x[-before % self.stride :: self.stride]
             self._sample.append(kept[: SAMPLE - sum(len(s) for s in self._sample)].clone())
-        if self._gram is not None:
-            _add_gram(self._gram, x)
+        for start, strip in self.gram.items():
+            _add_product(strip, x[:, start : start + BLOCK], x[:, start:])
         if self._drift is not None:
             if dense is None:
                 raise ValueError("drift needs what the dense model has in the place of x")
-            _add_product(self._drift, _kept(dense, mask) - x, x)
+            _add_product(self._drift, counted(dense, mask) - x, x)
         x = x.float()
         if self._energy is not None:
             self._energy += x.square().sum(0)
@@ -74,7 +86,7 @@ class Observer:
 
         return Stats(
             self.tokens,
-            gram_KK=mean(None if self._gram is None else _whole(self._gram)),
+            gram_KK=self._whole().div_(max(self.tokens, 1)) if "gram" in self.needs else None,
             absmax_K=self._absmax,
             magnitudes=None if self._magnitudes is None else self._magnitudes.counts,
             energy_K=mean(self._energy),
@@ -83,27 +95,25 @@ class Observer:
             drift_KK=mean(self._drift),
         )
 
+    def _whole(self) -> torch.Tensor:
+        """The sum of x xᵀ (K, K), from its strips."""
+        whole = torch.empty(self.channels, self.channels, device=self.gram[0].device)
+        for start, strip in self.gram.items():
+            stop = start + strip.shape[0]
+            whole[start:stop, start:] = strip
+            whole[stop:, start:stop] = strip[:, strip.shape[0] :].T
+        return whole
 
-def _kept(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+
+def strips_of(k: int) -> range:
+    """The first rows of the strips of a Gram matrix (K, K)."""
+    return range(0, k, BLOCK)
+
+
+def counted(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     """(..., K) -> (M, K), only the tokens that the mask keeps."""
     x = x.reshape(-1, x.shape[-1])
     return x if mask is None or bool(mask.all()) else x[mask.reshape(-1)]
-
-
-def _add_gram(total: torch.Tensor, x: torch.Tensor) -> None:
-    """total += xᵀ x, of which only the upper triangle of blocks is certain to be right; `_whole` fills in the rest."""
-    if not x.is_cuda or x.dtype != torch.bfloat16:
-        total.addmm_(x.T.float(), x.float())
-        return
-    for start in range(0, x.shape[1], BLOCK):
-        _add_product(total[start : start + BLOCK, start:], x[:, start : start + BLOCK], x[:, start:])
-
-
-def _whole(gram: torch.Tensor) -> torch.Tensor:
-    """The lower triangle of blocks from the upper one."""
-    for start in range(BLOCK, gram.shape[0], BLOCK):
-        gram[start : start + BLOCK, :start] = gram[:start, start : start + BLOCK].T
-    return gram
 
 
 def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:

@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
-from quantkit import blocks, solve
+from quantkit import blocks, observation, solve
 from quantkit.algorithms.autoround import Data, Stack
 from quantkit.errors import InputError
 from quantkit.plan import Linear, Plan
 from quantkit.progress import Progress
+from quantkit.ranks import ALONE, Ranks
 from quantkit.types import Notes, QParams, Stats
 
 
@@ -21,14 +22,18 @@ def tune(
     batches: Sequence[blocks.Batch],
     stats: Mapping[str, Stats],
     progress: Progress,
+    ranks: Ranks = ALONE,
 ) -> list[solve.Solved]:
     """Rounds a loaded block's linears by a method that has `quantize_block`; its weights are as before afterwards.
 
     batches  with the hidden states of the quantized model, and those of the dense one after this block (`onward`)
     stats    of the linears' inputs, by name in memory
+    ranks    each has batches of its own. All take every step; its gradient comes from the rank that has the batch, so
+             the codes are those of one process, and so is the time
     Raises InputError naming the block.
     """
     model, module = plan.skeleton.model, plan.skeleton.model.get_submodule(block.name)
+    stats = _everywhere(stats, block, ranks, batches[0].mask.device) if batches else stats
     stacks: list[Stack] = []
     layers: list[list[Linear]] = []
     inputs: list[QParams | None] = []
@@ -46,12 +51,7 @@ def tune(
             inputs.append(scales)
     if not stacks:
         return []
-    data = Data(
-        len(batches),
-        forward=lambda i: blocks.run(module, batches[i], block.index),
-        target=lambda i: _target(batches[i]),
-        mask=lambda i: batches[i].mask,
-    )
+    data = _data(module, block, batches, ranks)
     notes = Notes()
     try:
         tuned = plan.recipe.method.module.quantize_block(
@@ -67,6 +67,44 @@ def tune(
             said = notes if not found else Notes()
             found.append(solve.finish(plan, layer, one.weight, part, stack.stats, said))
     return found
+
+
+def _everywhere(
+    stats: Mapping[str, Stats], block: blocks.Block, ranks: Ranks, device: torch.device
+) -> Mapping[str, Stats]:
+    """The statistics of each group of linears, which one rank has, on all ranks."""
+    if ranks.alone:
+        return stats
+    mine = {i: stats[group[0]] for i, group in enumerate(block.groups) if group[0] in stats}
+    numbers = sorted({i for one in ranks.everyone(list(mine)) for i in one})
+    spread = observation.everywhere(mine, ranks, device)
+    return {name: x for i, x in zip(numbers, spread, strict=True) for name in block.groups[i]}
+
+
+def _data(module: nn.Module, block: blocks.Block, batches: Sequence[blocks.Batch], ranks: Ranks) -> Data:
+    """The batches of all ranks, numbered as they were dealt: batch i is on rank i % size."""
+    n = ranks.size
+    total = sum(ranks.everyone(len(batches)))
+
+    def gather(rows: list[list[float]]) -> list[list[float]]:
+        dealt = ranks.everyone(rows)
+        return [dealt[i % n][i // n] for i in range(total)]
+
+    def share(i: int, found: list[torch.Tensor] | None) -> list[torch.Tensor]:
+        if ranks.alone:
+            assert found is not None
+            return found
+        return ranks.spread({} if found is None else {0: found}, batches[0].mask.device)[0]
+
+    return Data(
+        total,
+        forward=lambda i: blocks.run(module, batches[i // n], block.index),
+        target=lambda i: _target(batches[i // n]),
+        mask=lambda i: batches[i // n].mask,
+        here=lambda i: i % n == ranks.rank,
+        share=share,
+        gather=gather,
+    )
 
 
 def _linear(model: nn.Module, name: str) -> nn.Linear:

@@ -22,6 +22,7 @@ from quantkit import plan as planning
 from quantkit.cli import app, main
 from quantkit.errors import GateError, InputError, MissingError
 from quantkit.progress import Progress
+from quantkit.ranks import Ranks
 from quantkit.recipe import json_schema
 
 ROOT = Path(__file__).parent.parent
@@ -190,9 +191,9 @@ def test_quantize_passes_everything_on(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Any] = []
 
     def quantize(
-        recipe: Any, *, out: Any, device: str, overwrite: bool, profile: bool, progress: Progress
+        recipe: Any, *, out: Any, device: str, overwrite: bool, profile: bool, progress: Progress, ranks: Ranks
     ) -> api.Result:
-        calls.append((recipe.model, recipe.calibration.samples, out, device, overwrite, profile))
+        calls.append((recipe.model, recipe.calibration.samples, out, device, overwrite, profile, ranks.size))
         progress.say("on stderr")
         return api.Result(Path("there"), SUMMARY, validation(passed=True))
 
@@ -211,7 +212,7 @@ def test_quantize_passes_everything_on(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
     result = run("quantize", QUICKSTART, *options)
     assert result.exit_code == 0, result.stderr
-    assert calls == [("org/name", 7, Path("there"), "cpu", True, True)]
+    assert calls == [("org/name", 7, Path("there"), "cpu", True, True, 1)]
     assert result.stderr == "on stderr\n"
 
 

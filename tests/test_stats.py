@@ -67,11 +67,16 @@ def test_the_sample_stops_growing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.sample_MK is not None and torch.equal(found.sample_MK, x[::7][:10])
 
 
-def test_a_gram_matrix_by_blocks_is_the_whole_one() -> None:
-    whole = torch.arange(36.0).view(6, 6)
-    gram = whole + whole.T
-    cut = gram.clone()
-    cut[4:, :4] = -1
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stats, "BLOCK", 4)
-        assert torch.equal(stats._whole(cut), gram)
+def test_a_gram_matrix_by_strips_is_the_whole_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stats, "BLOCK", 4)
+    x = torch.randn(50, 10, generator=torch.Generator().manual_seed(0))
+    found, apart = (stats.Observer(frozenset({"gram"}), 10, "cpu", strips=strips) for strips in (None, [8, 0]))
+    other = stats.Observer(frozenset({"gram"}), 10, "cpu", strips=[4])
+    for observer in (found, apart, other):
+        observer.update(x)
+    assert [tuple(strip.shape) for strip in found.gram.values()] == [(4, 10), (4, 6), (2, 2)]
+    gram = found.result().gram_KK
+    assert gram is not None and torch.allclose(gram, x.T @ x / 50, atol=1e-5) and torch.equal(gram, gram.T)
+    apart.gram |= other.gram
+    again = apart.result().gram_KK
+    assert again is not None and torch.equal(again, gram)

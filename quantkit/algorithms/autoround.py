@@ -86,12 +86,20 @@ class Data:
     forward  the block's output (B, L, D) on the inputs that the quantized model has there, gradients not switched off
     target   the dense block's output on the dense model's inputs, same shape
     mask     (B, L) bool, False where a token is padding and does not count
+
+    Where several processes tune one block, each calls these for its own batches only.
+    here     whether a batch is one of them
+    share    gradients of the batch of this number, from the process that has it, None on the others -> on all
+    gather   a row of numbers for each batch here -> for each batch of all, in order
     """
 
     batches: int
     forward: Callable[[int], torch.Tensor]
     target: Callable[[int], torch.Tensor]
     mask: Callable[[int], torch.Tensor]
+    here: Callable[[int], bool] = lambda i: True
+    share: Callable[[int, list[torch.Tensor] | None], list[torch.Tensor]] = lambda i, found: found or []
+    gather: Callable[[list[list[float]]], list[list[float]]] = lambda rows: rows
 
 
 @dataclass(frozen=True)
@@ -199,14 +207,9 @@ def _tune(
     for step in range(options.iterations):
         progress.doing(f"tune {step + 1}/{options.iterations}")
         i = next(order)
-        with torch.enable_grad():
-            out = data.forward(i)
-        missed = _missed(out, data, i)
-        found = iter(torch.autograd.grad(out, flat, missed.to(out.dtype), allow_unused=True))
-        del out, missed
+        found = iter(data.share(i, _gradients(data, i, flat) if data.here(i) else None))
         for group, rounding, rate in zip(parameters, roundings, rates):
-            parts = [torch.zeros_like(p) if g is None else g for p, g in zip(group, found)]
-            rounding.descend(torch.cat(parts), rate[step])
+            rounding.descend(torch.cat([next(found) for _ in group]), rate[step])
             _put(group, rounding.quantized)
         if (step + 1) * CHECKS // options.iterations > step * CHECKS // options.iterations:
             error = _error(data)
@@ -215,6 +218,15 @@ def _tune(
     if not least < before:
         notes.add("no step lowered the error of the block's output; it stays as it started")
     return Tuned(tuple(best), before, least)
+
+
+def _gradients(data: Data, i: int, weights: list[nn.Parameter]) -> list[torch.Tensor]:
+    """Of half the squared error of batch `i`, to each weight."""
+    with torch.enable_grad():
+        out = data.forward(i)
+    missed = _missed(out, data, i)
+    found = torch.autograd.grad(out, weights, missed.to(out.dtype), allow_unused=True)
+    return [torch.zeros_like(w) if g is None else g for w, g in zip(weights, found)]
 
 
 def _start(
@@ -257,10 +269,11 @@ def _missed(out: torch.Tensor, data: Data, i: int) -> torch.Tensor:
 def _error(data: Data) -> float:
     """Squared error of the block's output over all batches, over the square of its target."""
     parts = []
-    for i in range(data.batches):
+    for i in filter(data.here, range(data.batches)):
         whole = data.target(i).float().masked_fill(~data.mask(i)[..., None], 0)
         parts.append(torch.stack([_missed(data.forward(i), data, i).square().sum(), whole.square().sum()]))
-    error, whole = torch.stack(parts).double().sum(0).tolist()
+    rows = data.gather(torch.stack(parts).tolist() if parts else [])
+    error, whole = torch.tensor(rows, dtype=torch.float64).sum(0).tolist()
     if not (math.isfinite(error) and math.isfinite(whole)):
         raise InputError("the block's output holds NaN or Inf; load the model in bfloat16 or float32")
     return float(error / whole) if whole else 0.0
