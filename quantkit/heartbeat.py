@@ -1,26 +1,32 @@
 """How ranks learn that one of them is gone: by the reason that it leaves behind, or by its silence.
 
 Every rank has a thread that says once a second that it is alive, in a store that all can reach, and looks there for a
-reason to end. A rank that fails writes its reason and its exit code; the others end within a second or two, whatever
+reason to end. A rank that fails writes its reason and its exit code; the others end within a few seconds, whatever
 they wait for. One that is killed or loses its machine writes nothing: those it talks to find the connection broken at
-once, the rest note the silence. A launcher ends what it started on the same machine by itself.
+once, its launcher tells the others on that machine to end (SIGTERM), the rest note the silence.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from typing import Any, NoReturn
 
 from quantkit.errors import MissingError
 
 EVERY = 1.0  # seconds between two beats
 SILENCE = 60.0  # seconds without a beat after which a rank is dead; a machine that swaps can be slow
+INTERRUPTED = 130  # exit code
+LOST = "a rank ended without a word (killed, or its machine is gone)"
 AGAIN = "the same command goes on, on as many ranks as there are"
+STOPPED = f"told to end (SIGTERM): {LOST}, or the run was stopped; {AGAIN}"
 
 
 class Heartbeat:
@@ -30,19 +36,24 @@ class Heartbeat:
     """
 
     def __init__(self, store: Any, rank: int, size: int) -> None:
-        self._store, self._rank, self._size = store, rank, size
+        self._store, self._rank = store, rank
         self._over = threading.Event()
         # Rank 0 watches all, the others watch it.
         self._seen = {r: (b"", time.monotonic()) for r in (range(1, size) if rank == 0 else (0,))}
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
+        self._ending = contextlib.ExitStack()
+        self._signals: int | None = None
 
     def __enter__(self) -> Heartbeat:
+        if threading.current_thread() is threading.main_thread():
+            self._signals = self._ending.enter_context(_noted(signal.SIGTERM))
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._over.set()
         self._thread.join(timeout=5)
+        self._ending.close()
 
     def report(self, code: int, message: str) -> bool:
         """Leaves the reason for which this rank ends. Returns whether it is for this rank to tell it to the user.
@@ -71,8 +82,8 @@ class Heartbeat:
         if (reason := self._reason()) is not None:
             raise SystemExit(int(reason["code"]))
         # Said here and now: the launcher is about to end this process too.
-        if self._claim("lost"):
-            _say(f"a rank ended without a word (killed, or its machine is gone); {AGAIN} ({why})")
+        if self._claim(LOST):
+            _say(f"{LOST}; {AGAIN} ({why})")
         raise SystemExit(MissingError.exit_code)
 
     def _reason(self) -> dict[str, Any] | None:
@@ -86,17 +97,20 @@ class Heartbeat:
         return bool(self._store.check([key]))
 
     def _run(self) -> None:
-        beat = 0
-        while not self._over.wait(EVERY):
+        beat, silent = 0, list[int]()
+        while not self._over.wait(EVERY / 10):
             try:
                 beat += 1
-                self._store.set(f"beat/{self._rank}", str(beat))
-                silent = [rank for rank in self._seen if self._is_silent(rank)]
+                if beat % 10 == 1:
+                    self._store.set(f"beat/{self._rank}", str(beat))
+                    silent = [rank for rank in self._seen if self._is_silent(rank)]
             except (RuntimeError, OSError):
                 self._end(MissingError.exit_code, "the launcher is gone, and with it the other ranks")
             if (reason := self._reason()) is not None:
                 time.sleep(2 * EVERY)  # a launcher ends all with the first: it is to be the one that has the reason
                 self._end(int(reason["code"]), None)
+            if self._signals is not None and signal.SIGTERM in _read(self._signals):
+                self._end(INTERRUPTED, STOPPED if self._claim(LOST) else None)
             if silent:
                 said = f"rank {silent[0]} has not been heard of for {SILENCE:.0f} s; {AGAIN}"
                 self._end(MissingError.exit_code, said if self.report(MissingError.exit_code, said) else None)
@@ -118,6 +132,29 @@ class Heartbeat:
             _say(message)
         sys.stderr.flush()
         os._exit(code)
+
+
+@contextlib.contextmanager
+def _noted(number: signal.Signals) -> Iterator[int]:
+    """A file from which a signal can be read by any thread, at once, whatever the main thread waits for."""
+    read, write = os.pipe()
+    os.set_blocking(read, False)
+    os.set_blocking(write, False)
+    handler, file = signal.signal(number, lambda *_: None), signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+    try:
+        yield read
+    finally:
+        signal.set_wakeup_fd(file)
+        signal.signal(number, handler)
+        os.close(read)
+        os.close(write)
+
+
+def _read(file: int) -> bytes:
+    try:
+        return os.read(file, 64)
+    except BlockingIOError:
+        return b""
 
 
 def _say(message: str) -> None:
