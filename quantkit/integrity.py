@@ -34,13 +34,16 @@ class Mark:
     def __init__(self) -> None:
         self._columns: list[float] = []
         self._squares: list[float] = []
+        self._signs: torch.Tensor | None = None
 
     def add(self, w_NK: torch.Tensor) -> None:
         """The next rows, (N, K) float."""
         w, start = w_NK.float(), len(self._columns)
-        columns = (w * _signs(w.shape[1], 1, w.device)).sum(1, dtype=torch.float64)
+        if self._signs is None:
+            self._signs = _signs(w.shape[1], 1, w.device)
+        columns = (w * self._signs).sum(1).double()
         self._columns += (columns * _signs(w.shape[0], 2, w.device, start).double()).tolist()
-        self._squares += w.square().sum(1, dtype=torch.float64).tolist()
+        self._squares += torch.linalg.vector_norm(w, dim=1).double().square().tolist()
 
     @property
     def value(self) -> float:

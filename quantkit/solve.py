@@ -115,8 +115,8 @@ class Tally:
         """The next rows (N, K) float, as they were and as their codes have them."""
         w = weight.float()
         self._mark.add(decoded)
-        self._error += (w - decoded).square().sum(1, dtype=torch.float64).tolist()
-        self._whole += w.square().sum(1, dtype=torch.float64).tolist()
+        self._error += torch.linalg.vector_norm(w - decoded, dim=1).double().square().tolist()
+        self._whole += torch.linalg.vector_norm(w, dim=1).double().square().tolist()
 
     @property
     def error(self) -> float:

@@ -206,7 +206,7 @@ def test_the_shift_is_the_least_squares_solution():
     best = torch.linalg.lstsq(x.double(), dense.double() @ w.double().T).solution.T
     for order in (None, torch.randperm(k, generator=g)):
         hessian = gram(stats) if order is None else gram(stats)[order][:, order]
-        factored = gptq._factor(hessian, 1e-9, Notes())
+        factored = gptq._factor(hessian, None, 1e-9, Notes())
         assert factored is not None
         upper, _ = factored
         shifted = gptq._shifted(w, stats, upper, order, 1.0)

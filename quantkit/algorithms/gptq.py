@@ -90,7 +90,7 @@ def quantize(
     diagonal = hessian.diagonal().clone()
     importance = _weights.importance(diagonal)
     order = torch.argsort(diagonal, descending=True, stable=True) if options.act_order == "static" else None
-    factored = _factor(hessian if order is None else hessian[order][:, order], options.dampening, notes)
+    factored = _factor(hessian, order, options.dampening, notes)
     w = w_NK.float()
     if options.pre_shift and factored is not None:
         w = _shifted(w, stats, factored[0], order, options.pre_shift)
@@ -98,8 +98,9 @@ def quantize(
     if factored is None:
         return numerics.quantize(w, qparams, scheme)
     upper, added = factored
-    factor = upper / upper.diagonal()
+    factor = upper.div_(upper.diagonal().clone())
     q = QuantizedTensor(_columns(w, qparams, scheme, factor, order, options.block_size), qparams, scheme)
+    del factored, upper, factor  # memory for the same matrix, damped
     if options.sweeps:
         damped = _revived(hessian)
         damped.diagonal().add_(added)
@@ -148,10 +149,13 @@ def _revived(hessian: torch.Tensor) -> torch.Tensor:
     return copy
 
 
-def _factor(hessian: torch.Tensor, dampening: float, notes: Notes) -> tuple[torch.Tensor, float] | None:
-    """U of H + λI = U Uᵀ, upper triangular, and λ; None when H cannot be factored at all.
+def _factor(
+    hessian: torch.Tensor, order: torch.Tensor | None, dampening: float, notes: Notes
+) -> tuple[torch.Tensor, float] | None:
+    """U of H + λI = U Uᵀ for columns in `order`, upper triangular, and λ; None when H cannot be factored at all.
 
-    A ladder, each step told in `notes`: the wanted dampening, ten times more up to 1, the same in float64.
+    A ladder, each step told in `notes`: the wanted dampening, ten times more up to 1, the same in float64. Two matrices
+    of H's size are held beside H.
     """
     diagonal = hessian.diagonal()
     dead = diagonal <= 0
@@ -160,21 +164,23 @@ def _factor(hessian: torch.Tensor, dampening: float, notes: Notes) -> tuple[torc
             f"{int(dead.sum())} of {len(dead)} input channels are zero on all calibration tokens; rounded to nearest"
         )
     mean = diagonal[~dead].mean() if bool((~dead).any()) else torch.ones((), device=hessian.device)
-    # A product of flips turns the upper factor that is wanted into the lower one that Cholesky gives.
-    damped = _revived(hessian).flip(0, 1)
+    # The order turned around turns the upper factor that is wanted into the lower one that Cholesky gives.
+    order = torch.arange(len(diagonal), device=diagonal.device) if order is None else order
+    damped = hessian[order.flip(0)][:, order.flip(0)]
+    undamped = torch.where(damped.diagonal() <= 0, 1.0, damped.diagonal())
     ladder = [dampening]
     while ladder[-1] < 1:
         ladder.append(min(1.0, ladder[-1] * 10))
     for dtype in (torch.float32, torch.float64):
+        damped = damped.to(dtype)
         for step in ladder:
-            trial = damped.to(dtype, copy=True)
-            trial.diagonal().add_(step * mean.to(dtype))
-            lower, info = torch.linalg.cholesky_ex(trial)
+            damped.diagonal().copy_(undamped.to(dtype) + step * mean.to(dtype))
+            lower, info = torch.linalg.cholesky_ex(damped)
             if int(info) == 0 and bool(torch.isfinite(lower.diagonal()).all()):
                 if step != dampening or dtype != torch.float32:
                     notes.add(f"H was not positive definite; factored with dampening {step:g} in {dtype}")
-                upper = lower.flip(0, 1)
-                return upper.float(), step * float(mean)
+                del damped
+                return lower.flip(0, 1).float(), step * float(mean)
     notes.add("H could not be factored at any dampening; rounded to nearest with searched scales")
     return None
 
