@@ -65,7 +65,9 @@ def tensors(layers: int, hidden: int, inner: int) -> dict[str, TensorSpec]:
     return {name: TensorSpec("BF16", shape) for name, shape in found.items()}
 
 
-def write(folder: Path, layers: int, hidden: int, inner: int, *, shard_bytes: int = 5_000_000_000, seed: int = 0) -> int:
+def write(
+    folder: Path, layers: int, hidden: int, inner: int, *, shard_bytes: int = 5_000_000_000, seed: int = 0
+) -> int:
     """Writes the model into a new folder; returns the bytes of its tensors."""
     folder.mkdir(parents=True)
     specs = tensors(layers, hidden, inner)

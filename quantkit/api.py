@@ -341,7 +341,11 @@ def pick_device(device: str) -> torch.device:
 
 def describe(recipe: Recipe) -> dict[str, Any]:
     """The plan of a recipe as plain values for a person; of `scheme: {auto: ...}`, what there is to choose from."""
-    return estimate.describe(planning.make(recipe)) if recipe.scheme.auto is None else allocation.describe(recipe)
+    return (
+        estimate.describe(planning.make(recipe), rehearse=True)
+        if recipe.scheme.auto is None
+        else allocation.describe(recipe)
+    )
 
 
 def default_name(source: hub.Source, recipe: Recipe) -> str:

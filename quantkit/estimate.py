@@ -1,52 +1,216 @@
-"""What a run will take of this machine, before it starts: the plan in words and numbers for `quantkit plan`."""
+"""What a run will take of this machine, before it starts: memory, disk and time, and what to change so that it fits.
+
+Memory is reckoned from shapes: what is held at once in each phase of the work, of which the largest is the peak. Time
+comes from a rehearsal (`rehearsal`); without one it is left out.
+"""
 
 from __future__ import annotations
 
+import os
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from quantkit import inventory, skeleton
+from quantkit import inventory, lint, rehearsal, skeleton, solve, streaming
 from quantkit.checkpoint import DTYPES, nbytes
-from quantkit.plan import Linear, Plan, outside, short
+from quantkit.plan import Linear, Plan, described, outside, short
+from quantkit.progress import duration
+
+CUDA_HOST = 900 << 20  # host memory that CUDA and torch's kernels take once a GPU is used
+SPARE = 0.9  # of the memory that is free: what a run may take
+ROUNDING = 6  # float32 copies of a weight while its codes are found
+FACTORS = 3  # matrices of a Hessian's size while it is factored
 
 
-def memory(plan: Plan, device: torch.device, dtype: torch.dtype) -> dict[str, int]:
-    """Bytes that the work will hold at once, part by part; `total` is the estimated peak without the Python process."""
-    ghost, recipe = plan.skeleton, plan.recipe
-    size = dtype.itemsize
-    block = max(sum(_numel(ghost, p) for p in ghost.parameters(b.name + ".")) for b in plan.structure.blocks)
-    stacked = max(
-        sum(plan.linears[m].shape[0] for m in group) * plan.linears[group[0]].shape[1]
-        for b in plan.structure.blocks
-        for group in b.groups
-    )
-    parts = {"one block": block * size, "one group of linears while it is solved": stacked * 4 * 6}
-    if plan.needs_data:
-        hidden = int(ghost.model.config.get_text_config().hidden_size)
-        rows, length = recipe.calibration.samples, recipe.calibration.length
-        blocks = ([plan.linears[g[0]].shape[1] for g in b.groups] for b in plan.structure.blocks)
-        inputs = max(blocks, key=lambda widths: sum(k * k for k in widths))
-        widest = max(inputs)
-        parts["embeddings and head"] = sum(_numel(ghost, p) for p in outside(ghost, plan.structure)) * size
-        parts["hidden states"] = rows * length * hidden * size
-        parts["statistics"] = sum(k * k * 4 for k in inputs) + 5 * widest * widest * 4
-        parts["one batch in a block"] = (
-            min(rows, recipe.calibration.batch_size) * length * (4 * hidden + 3 * widest) * size
-        )
-    return {**parts, "total": sum(parts.values())}
+@dataclass(frozen=True)
+class Memory:
+    """Peaks in bytes: of this process's resident memory, and of the GPU's. Parts by what they are for."""
+
+    host: int
+    gpu: int
+    parts: dict[str, int]
+
+
+def memory(plan: Plan, device: torch.device, *, place: str | None = None) -> Memory:
+    """The peaks of a run.
+
+    place  where hidden states wait: "device", "host" or "disk"; by default as `hidden_place` has it
+    """
+    base = _resident() + (0 if device.type == "cpu" else CUDA_HOST)
+    if not plan.needs_data:
+        work = _streamed(plan)
+        gpu = work if device.type == "cuda" else 0
+        return Memory(base + work, gpu, {"this process": base, "tensors under way": work})
+    size = 4 if device.type == "cpu" else plan.skeleton.dtype.itemsize
+    held = rehearsal.hidden_bytes(plan, device)
+    phases = _phases(plan, size)
+    parts = {"this process": base, "hidden states": held, **phases}
+    work = max(phases["embeddings and head"], phases["one block"] + phases["one block's work"])
+    if device.type == "cpu":
+        return Memory(base + held + work, 0, parts)
+    place = place or hidden_place(plan, device)
+    largest = max(nbytes(spec) for spec in plan.skeleton.checkpoint.specs.values())
+    host = base + 2 * largest + (held if place == "host" else 0)
+    return Memory(host, work + (held if place == "device" else held // _batches(plan)), parts)
+
+
+def hidden_place(plan: Plan, device: torch.device) -> str:
+    """Where hidden states wait between blocks: "device", "host" or "disk", by the recipe or by what is free."""
+    wanted = plan.recipe.calibration.hidden
+    if wanted != "auto":
+        return "host" if device.type == "cpu" and wanted == "device" else wanted
+    held = rehearsal.hidden_bytes(plan, device)
+    if device.type == "cuda" and held <= torch.cuda.mem_get_info(device)[0] * rehearsal.SHARE:
+        return "device"
+    return "host" if held <= (available() or held * 2) * rehearsal.HOST_SHARE else "disk"
+
+
+def _batches(plan: Plan) -> int:
+    wanted = plan.recipe.calibration
+    return max(1, -(-wanted.samples // wanted.batch_size))
+
+
+def _phases(plan: Plan, size: int) -> dict[str, int]:
+    """Bytes of each thing that a calibrated run holds; `size` of an element of what runs."""
+    ghost, wanted = plan.skeleton, plan.recipe.calibration
+    width = int(ghost.model.config.get_text_config().hidden_size)
+    tokens = min(wanted.samples, wanted.batch_size) * wanted.length
+    blocks = works = 0
+    for block in plan.structure.blocks:
+        weights = sum(_numel(ghost, p) for p in ghost.parameters(block.name + "."))
+        groups = [[plan.linears[m] for m in group] for group in block.groups]
+        widths = [group[0].shape[1] for group in groups if any("gram" in plan.needs(x) for x in group)]
+        grams = sum(k * k * 4 for k in widths) * (2 if plan.carries_dense else 1)
+        inner = max(sum(x.shape[0] for x in group) for group in groups)
+        observing = grams + max((k * k * 4 for k in widths), default=0) + tokens * (4 * width + 2 * inner) * size
+        rounded = sum(x.shape[0] * x.shape[1] for group in groups for x in group if x.scheme)
+        solving = grams + rounded * 3 + max(_solving(group) for group in groups)
+        blocks, works = max(blocks, weights * size), max(works, observing, solving)
+    read = [p for p in outside(ghost, plan.structure) if not p.startswith(plan.structure.idle)]
+    embeddings = sum(_numel(ghost, p) for p in read) * size
+    return {"embeddings and head": embeddings, "one block": blocks, "one block's work": works}
+
+
+def _solving(group: list[Linear]) -> int:
+    """Bytes while the linears of one input are rounded together."""
+    stacks = solve.by_scheme([x for x in group if x.scheme is not None])
+    k = group[0].shape[1]
+    return max((ROUNDING * sum(x.shape[0] for x in s) * k * 4 for s in stacks), default=0) + FACTORS * k * k * 4
+
+
+def _streamed(plan: Plan) -> int:
+    """Bytes of the jobs under way at once, where these are largest."""
+    sizes = [_job(plan, job) for part in streaming.parts(plan) for job in part.jobs]
+    at_once = streaming.workers()[0]
+    return max(sum(sizes[i : i + at_once]) for i in range(max(1, len(sizes) - at_once + 1)))
+
+
+def _job(plan: Plan, job: streaming.Job) -> int:
+    """Bytes that a job of `streaming` holds: the source, the codes, what is packed of them."""
+    if job.tensor:
+        return nbytes(plan.skeleton.checkpoint.specs[job.tensor])
+    if job.parameter:
+        return nbytes(skeleton.spec_of(plan.skeleton, job.parameter))
+    total = 0
+    for layer in job.layers:
+        assert layer.scheme is not None
+        weights = layer.shape[0] * layer.shape[1]
+        source = weights * DTYPES[layer.dtype].itemsize
+        packed = sum(nbytes(spec) for spec in plan.tensors(layer).values())
+        whole = 0 if streaming.by_rows(layer.scheme.weights) else ROUNDING * weights * 4
+        total += source + weights + packed + whole
+    return total
 
 
 def _numel(ghost: skeleton.Skeleton, name: str) -> int:
     return nbytes(skeleton.spec_of(ghost, name)) // DTYPES[skeleton.spec_of(ghost, name).dtype].itemsize
 
 
-def describe(plan: Plan) -> dict[str, Any]:
-    """The plan as plain values for a person: title, facts, a table of what happens to which layers, warnings."""
+def _resident() -> int:
+    """Resident memory of this process now; 0 where the system does not say."""
+    try:
+        with open("/proc/self/statm", encoding="ascii") as f:
+            return int(f.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return 0
+
+
+def available() -> int:
+    """Memory of the host that is free for a new process; 0 where the system does not say."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as f:
+            line = next(line for line in f if line.startswith("MemAvailable"))
+            return int(line.split()[1]) * 1024
+    except (OSError, StopIteration):
+        return 0
+
+
+# What would have to change -------------------------------------------------------------------------------------------
+
+
+def changes(plan: Plan, device: torch.device, folder: Path) -> list[str]:
+    """What does not fit on this machine, each with what would make it fit."""
+    found = []
+    disk = shutil.disk_usage(folder).free
+    need = plan.output_bytes + (2 * rehearsal.hidden_bytes(plan, device) if plan.needs_data else 0)
+    if need > disk:
+        found.append(f"disk: {need:,} bytes are needed and {disk:,} are free; write elsewhere with --out, or free some")
+    here, free = memory(plan, device), available() + _resident()
+    limits = [("host", here.host, free)] if available() else []
+    if device.type == "cuda":
+        limits.append(("GPU", here.gpu, torch.cuda.mem_get_info(device)[0]))
+    for name, wanted, room in limits:
+        if wanted > room * SPARE:
+            found.append(f"{name} memory: {wanted:,} bytes of {room:,} that are free; {_fitting(plan, device)}")
+    return found
+
+
+def _fitting(plan: Plan, device: torch.device) -> str:
+    """The smallest change of the recipe with which it fits, as what to put on the command line."""
+    for changed, said in _smaller(plan):
+        peaks = memory(changed, device)
+        fits = not available() or peaks.host <= (available() + _resident()) * SPARE
+        if device.type == "cuda":
+            fits &= peaks.gpu <= torch.cuda.mem_get_info(device)[0] * SPARE
+        if fits:
+            return f"it fits with {said}"
+    return "no smaller batch and no other place of the hidden states is enough: take a larger machine"
+
+
+def _smaller(plan: Plan) -> Iterable[tuple[Plan, str]]:
+    """The plan with less in memory, the least loss first. Neither changes what is computed but for rounding."""
+    wanted, rows = plan.recipe.calibration, plan.recipe.calibration.batch_size
+    places = [wanted.hidden, *(p for p in ("host", "disk") if p != wanted.hidden)]
+    for place in places:
+        size = rows
+        while size >= 1:
+            update = {"batch_size": size, "hidden": place}
+            recipe = plan.recipe.model_copy(update={"calibration": wanted.model_copy(update=update)})
+            told = [f"--set calibration.{k}={v}" for k, v in update.items() if v != getattr(wanted, k)]
+            if told:
+                yield replace(plan, recipe=recipe), " ".join(told)
+            size //= 2
+
+
+# In words ------------------------------------------------------------------------------------------------------------
+
+
+def describe(
+    plan: Plan, *, device: torch.device | None = None, folder: Path | None = None, rehearse: bool = False
+) -> dict[str, Any]:
+    """The plan as plain values for a person: title, facts, a table of what happens to which layers, warnings.
+
+    device, folder  where it would compute, by default on a GPU if there is one; where it would write
+    rehearse        time a few seconds of the work, and say how long it will take
+    """
     recipe = plan.recipe
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch.float32 if device.type == "cpu" else plan.skeleton.dtype
-    parts = memory(plan, device, dtype)
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    folder = folder or Path()
+    peaks = memory(plan, device)
     source, output = plan.skeleton.checkpoint.size(), plan.output_bytes
     params = sum(x.shape[0] * x.shape[1] for x in plan.quantized)
     facts = [
@@ -58,22 +222,55 @@ def describe(plan: Plan) -> dict[str, Any]:
         ("source", f"{source:,} bytes of tensors"),
         ("tensors", str(inventory.of(plan))),
         ("output", f"{output:,} bytes of tensors, {output / source:.1%} of the source"),
-        ("disk", f"{output:,} bytes, reserved before the work starts"),
+        ("disk", f"{output:,} bytes, reserved before the work starts; {shutil.disk_usage(folder).free:,} are free"),
         ("device", str(device)),
-        ("memory", f"about {parts['total']:,} bytes beside the Python process"),
-        *((f"  {name}", f"{size:,} bytes") for name, size in parts.items() if name != "total"),
+        ("memory", _said(peaks)),
+        *((f"  {name}", f"{size:,} bytes") for name, size in peaks.parts.items()),
     ]
     if plan.needs_data:
         wanted = recipe.calibration
         facts.append(("calibration", f"{wanted.samples} rows of {wanted.length} tokens from {wanted.data}"))
+        facts.append(("hidden states", _PLACES[hidden_place(plan, device)]))
     else:
-        facts.append(("calibration", f"none: {recipe.method_name} reads no data"))
+        facts.append(("calibration", f"none: {recipe.method_name} reads no data; tensors stream from shard to shard"))
+    if rehearse:
+        facts.append(("time", _time(rehearsal.rehearse(plan, device, folder))))
+    facts += [(f"loads in {name}", says) for name, says in engines(plan)]
     return {
         "title": f"plan for {plan.source.name}",
         "facts": facts,
         "table": {"columns": ["layers", "how many", "shape", "becomes"], "rows": _kinds(list(plan.linears.values()))},
-        "warnings": list(plan.warnings),
+        "warnings": [*plan.warnings, *(f"does not fit: {line}" for line in changes(plan, device, folder))],
     }
+
+
+_PLACES = {
+    "device": "on the GPU between blocks",
+    "host": "in the host's memory between blocks",
+    "disk": "in files between blocks, of which the system keeps in memory what it has room for",
+}
+
+
+def _said(peaks: Memory) -> str:
+    gpu = f", {peaks.gpu:,} bytes of the GPU's" if peaks.gpu else ""
+    return f"about {peaks.host:,} bytes at the peak{gpu}"
+
+
+def _time(found: rehearsal.Seconds) -> str:
+    parts = {"disk": found.disk, "observe": found.observe, "quantize": found.solve, "run on": found.propagate}
+    parts = {"disk": found.disk, "quantize": found.stream} if found.stream else parts
+    told = ", ".join(f"{name} {duration(seconds)}" for name, seconds in parts.items())
+    return f"about {duration(found.total)} without validation ({told})"
+
+
+def engines(plan: Plan) -> list[tuple[str, str]]:
+    """Each engine by name, and whether its rules let it load the output."""
+    what = described(plan)
+    found = []
+    for name in lint.names():
+        errors = [f for f in lint.check(what, [name]) if f.level == lint.ERROR]
+        found.append((name, f"no: {errors[0].where}: {errors[0].what}" if errors else "yes"))
+    return found
 
 
 def _kinds(linears: list[Linear]) -> list[list[str]]:

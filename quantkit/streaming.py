@@ -59,7 +59,7 @@ def stream(plan: Plan, writer: ShardWriter, device: torch.device, progress: Prog
     """
     work = parts(plan)
     cores = torch.get_num_threads()
-    at_once = max(2, min(JOBS, cores))
+    at_once, threads = workers()
     reports: list[Report] = []
     progress.begin(len(plan.structure.blocks), "block")
     jobs = [(part, job) for part in work for job in part.jobs]
@@ -69,7 +69,7 @@ def stream(plan: Plan, writer: ShardWriter, device: torch.device, progress: Prog
 
     shown = None
     try:
-        for (part, _), found in _in_order(jobs, do, at_once, threads=max(1, cores // at_once)):
+        for (part, _), found in in_order(jobs, do, at_once, threads=threads):
             if part is not shown:
                 shown = part
                 if part.index is None:
@@ -84,6 +84,13 @@ def stream(plan: Plan, writer: ShardWriter, device: torch.device, progress: Prog
         torch.set_num_threads(cores)
     progress.end()
     return reports
+
+
+def workers() -> tuple[int, int]:
+    """Jobs at once, and torch's threads for each."""
+    cores = torch.get_num_threads()
+    at_once = max(2, min(JOBS, cores))
+    return at_once, max(1, cores // at_once)
 
 
 def parts(plan: Plan) -> list[Part]:
@@ -125,18 +132,23 @@ def _do(plan: Plan, job: Job, writer: ShardWriter, device: torch.device) -> list
         writer.write(ghost.to_disk[job.parameter], ghost.read(job.parameter).to(dtype))
         return []
     weights = [ghost.read(f"{layer.module}.weight", device) for layer in job.layers]
-    scheme = job.layers[0].scheme
-    assert scheme is not None
-    if by_rows(scheme.weights):
-        done = [_rows(plan, layer, weight) for layer, weight in zip(job.layers, weights, strict=True)]
-    else:
-        solved = solve.solve(plan, job.layers, weights, None)
-        done = [(x.tensor, x.report) for x in solved]
+    done = rounded(plan, job.layers, weights)
     del weights
     for layer, (q, _) in zip(job.layers, done, strict=True):
-        for suffix, tensor in plan.format.pack(q, scheme.activations, None).items():
+        assert layer.scheme is not None
+        for suffix, tensor in plan.format.pack(q, layer.scheme.activations, None).items():
             writer.write(f"{layer.name}.{suffix}", tensor)
     return [report for _, report in done]
+
+
+def rounded(
+    plan: Plan, layers: Sequence[Linear], weights: Sequence[torch.Tensor]
+) -> list[tuple[QuantizedTensor, Report]]:
+    """Codes and lines of the report of layers of one scheme that are rounded together, weights (N, K)."""
+    assert layers[0].scheme is not None
+    if by_rows(layers[0].scheme.weights):
+        return [_rows(plan, layer, weight) for layer, weight in zip(layers, weights, strict=True)]
+    return [(x.tensor, x.report) for x in solve.solve(plan, layers, weights, None)]
 
 
 def _rows(plan: Plan, layer: Linear, weight_NK: torch.Tensor) -> tuple[QuantizedTensor, Report]:
@@ -173,7 +185,7 @@ def _rows(plan: Plan, layer: Linear, weight_NK: torch.Tensor) -> tuple[Quantized
     return QuantizedTensor(codes, qparams, scheme), report
 
 
-def _in_order(
+def in_order(
     items: Iterable[Item], work: Callable[[Item], Result], at_once: int, *, threads: int
 ) -> Iterator[tuple[Item, Result]]:
     """Results of `work` in the order of `items`, `at_once` of them under way, each with `threads` threads of torch.

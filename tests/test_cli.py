@@ -268,7 +268,7 @@ SECTION = {
 
 def test_plan_and_inspect_render_plain_values(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(planning, "make", lambda recipe: recipe)
-    monkeypatch.setattr(estimate, "describe", lambda plan: {**SECTION, "title": plan.model})
+    monkeypatch.setattr(estimate, "describe", lambda plan, **_: {**SECTION, "title": plan.model})
     monkeypatch.setattr(inspection, "inspect", lambda path: {**SECTION, "title": path})
     for args in (["plan", QUICKSTART, "--model", "org/name"], ["inspect", "org/name"]):
         result = run(*args)

@@ -56,6 +56,7 @@ LAYERS = (
     (
         "quantkit.plan",
         "quantkit.estimate",
+        "quantkit.rehearsal",
         "quantkit.output",
         "quantkit.integrity",
         "quantkit.folding",

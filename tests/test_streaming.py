@@ -120,8 +120,8 @@ def test_a_few_tensors_are_all_that_is_in_memory(tmp_path, monkeypatch):
     lock, alive, peak = threading.Lock(), [0], [0]
     read = Checkpoint.read
 
-    def counted(self: Checkpoint, name: str) -> torch.Tensor:
-        tensor = read(self, name)
+    def counted(self: Checkpoint, name: str, *args: Any) -> torch.Tensor:
+        tensor = read(self, name, *args)
 
         def gone(size: int = tensor.nbytes) -> None:
             with lock:
@@ -154,9 +154,9 @@ def test_an_error_ends_it_and_what_has_not_begun_is_left(tmp_path, monkeypatch):
     seen: list[str] = []
     read = Checkpoint.read
 
-    def noted(self: Checkpoint, name: str) -> torch.Tensor:
+    def noted(self: Checkpoint, name: str, *args: Any) -> torch.Tensor:
         seen.append(name)
-        return read(self, name)
+        return read(self, name, *args)
 
     monkeypatch.setattr(Checkpoint, "read", noted)
     with pytest.raises(InputError, match=r"'model.layers.1.mlp.up_proj.weight' holds 1 NaN or Inf"):
