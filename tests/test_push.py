@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 import tiny
 from hub_client import REPO, World, opened
-from hub_faults import CALLS, REFUSED, TRANSIENT, outcome
 from hub_server import HubServer
+from push_faults import CALLS, REFUSED, TRANSIENT, outcome
 
 from quantkit import api, convert, hub_commit, hub_push
 from quantkit.errors import GateError, InputError, MissingError
