@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
+import re
 import shutil
 import subprocess
 import sys
@@ -83,15 +83,15 @@ def job(hub: HubServer, base: Path, place: Path, stream: bool) -> None:
     assert not any(token in p.read_bytes() for p in place.rglob("*") if p.is_file()), "the token is in a file"
     assert not any(token in content for content in files.values())
     figures = summary["validation"]["comparison"]
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
+    peak = re.findall(r"peak ([\d.]+) GiB", printed)[-1]
     print(f"## {model} -> {name}{', shards sent ahead' if stream else ''}\n")
     print(f"- from {model}@{commit[:12]}, {size:,} bytes of weights, KL {figures['kl']:.4f}, every gate passed")
     print(f"- {len(files)} files, {len(hub.sent)} by LFS, each sent once; one commit, {hub.head(name)[:12]}")
     print(f"- calls: {', '.join(f'{call} {count}' for call, count in sorted(calls.items()))}")
-    print(f"- the largest of these processes took {peak:.2f} GiB")
+    print(f"- the command took {peak} GiB of memory at its peak")
     print(f"- from_pretrained({name!r}), packed: {loaded['packed']!r}")
     print(f"- the same in transformers without quantkit: {loaded['stock']!r}")
-    print(f"- the command's last words: {[line for line in printed.splitlines() if line.strip()][-4:]}\n", flush=True)
+    print(f"- sent ahead: {printed.count('sent ahead')} shards\n", flush=True)
 
 
 def run(hub: HubServer, place: Path, command: list[str]) -> str:
@@ -109,7 +109,7 @@ def run(hub: HubServer, place: Path, command: list[str]) -> str:
     assert hub.token not in done.stdout + done.stderr
     if done.returncode:
         raise SystemExit(f"{' '.join(command[:4])} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}")
-    return done.stdout
+    return done.stderr + done.stdout
 
 
 def main() -> None:

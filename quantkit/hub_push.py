@@ -148,6 +148,9 @@ def check(login: Login, source: hub.Source, wanted: Push, name: str) -> None:
     found = login.calls(f"read {name}", _info, login.api, name, "main")
     if not isinstance(found, Exception):
         _may_go_there(name, bool(found.private), wanted.private)
+        if wanted.create_pr and wanted.revision:
+            branch = login.calls(f"read {name}, branch {wanted.revision}", _info, login.api, name, wanted.revision)
+            _may_be_asked(name, wanted.revision, isinstance(branch, Exception))
 
 
 def prepared(login: Login, repo: str, *, private: bool, revision: str | None, create_pr: bool) -> Place:
@@ -175,8 +178,8 @@ def prepared(login: Login, repo: str, *, private: bool, revision: str | None, cr
         found = calls(f"read {repo}, branch {branch}", _info, api, repo, branch)
         fresh = isinstance(found, Exception)
         found = main if fresh else found
-    if fresh and create_pr:
-        raise InputError(f"{repo} has no branch {branch} for a pull request to go to")
+    if create_pr:
+        _may_be_asked(repo, branch, fresh)
     return Place(api, calls, repo, bool(found.private), branch, str(found.sha), fresh, create_pr)
 
 
@@ -195,6 +198,11 @@ def _may_go_there(repo: str, there_private: bool, private: bool) -> None:
         raise InputError(
             f"{repo} is public already; push there with --public (push.private: false), or choose another name"
         )
+
+
+def _may_be_asked(repo: str, branch: str, missing: bool) -> None:
+    if missing:
+        raise InputError(f"{repo} has no branch {branch} for a pull request to go to")
 
 
 # Before anything is sent ----------------------------------------------------------------------------------------------

@@ -171,10 +171,12 @@ def test_what_cannot_be_pushed_is_refused_before_the_work(
     hub = world.hub
     commit = hub.add("org/base", {"README.md": b"---\nlicense: cc-by-nc-4.0\n---\n"})
     hub.add("alice/open", {})
+    hub.add("alice/closed", {}, private=True)
     refused = [
         (recipe(base, "none"), "does not say where to push.*push=true"),
         (recipe(base, True, validate="none"), "push.unvalidated"),
         (recipe(base, "alice/open"), "alice/open is public already"),
+        (recipe(base, {"repo": "closed", "create_pr": True, "revision": "v1"}), "alice/closed has no branch v1"),
     ]
     for settings, message in refused:
         with pytest.raises(InputError, match=message):
@@ -188,7 +190,7 @@ def test_what_cannot_be_pushed_is_refused_before_the_work(
     hub.fault("whoami", status=401)
     with pytest.raises(InputError, match=r"401.*hf auth login"):
         run(world, recipe(base), tmp_path / "out")
-    assert hub.repos.keys() == {"org/base", "alice/open"}
+    assert hub.repos.keys() == {"org/base", "alice/open", "alice/closed"}
 
 
 class Told:
