@@ -56,7 +56,7 @@ def push(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="What quantize wrote.", show_default=False)],
     repo: Annotated[
         str | None,
-        typer.Argument(metavar="[REPO]", help="NAME or OWNER/NAME on the Hub; else MODEL-SCHEME.", show_default=False),
+        typer.Argument(metavar="REPO", help="NAME or OWNER/NAME on the Hub; else MODEL-SCHEME.", show_default=False),
     ] = None,
     private: Annotated[
         bool, typer.Option("--private/--public", help="Who may see a repository that is made for it.")

@@ -102,7 +102,7 @@ def understood(error: BaseException) -> Failure | None:
     seen: BaseException | None = error
     while seen is not None:
         if isinstance(seen, OfflineModeIsEnabled):
-            return Failure(None, "offline mode is on (HF_HUB_OFFLINE)", False)
+            return Failure(None, "offline mode is on; unset HF_HUB_OFFLINE", False)
         if isinstance(seen, HfHubHTTPError):
             status = seen.response.status_code
             said = seen.server_message or seen.response.headers.get("X-Error-Message") or _line(seen)

@@ -235,7 +235,7 @@ def _may_be_public(base: card.Base, told: bool) -> None:
     if reason is not None and not told:
         raise InputError(
             f"{base.name} {reason}, so its quantized copy is not made public; push it private, or with "
-            "--base-public-ok when its terms allow it"
+            "--base-public-ok (push.base_public_ok) when its terms allow it"
         )
 
 
