@@ -41,7 +41,9 @@ FAULTS: dict[str, dict[str, Any]] = {
     "wrong content or hash": {"corrupt": True},
     "503 for good": {"status": 503, "times": 1000},
 }
-# Of them, while shards are sent ahead.
+# Calls that take, keep or tell content; the others have none that could be wrong.
+CONTENT = ("put", "part", "complete", "tree", "commit", "resolve")
+# The faults while shards are sent ahead.
 AHEAD = (
     "403",
     "429, Retry-After 3",
@@ -65,6 +67,10 @@ def fault_of(call: str, name: str) -> dict[str, Any]:
     return {"drop": MIDDLE} if call in ("put", "part") and "drop" in found else found
 
 
+def has(call: str, name: str) -> bool:
+    return "corrupt" not in FAULTS[name] or call in CONTENT
+
+
 def said(found: Outcome) -> str:
     """A cell: what became of the push."""
     done = {0: "pushed", 2: "refused", 4: "given up"}[found.exit_code]
@@ -75,8 +81,8 @@ def pushes(world: World, folder: Path) -> list[str]:
     """A row each call, a column each fault; then what a user reads when the commit is refused."""
     rows, messages = [], []
     for call in CALLS:
-        found = {name: outcome(world, folder, call, fault_of(call, name)) for name in FAULTS}
-        rows.append([call, *map(said, found.values())])
+        found = {name: outcome(world, folder, call, fault_of(call, name)) for name in FAULTS if has(call, name)}
+        rows.append([call, *(said(found[name]) if name in found else "" for name in FAULTS)])
         if call in ("commit", "put"):
             messages += [f"- {call}, {name}: {x.said}" for name, x in found.items() if not x.pushed]
     after = {name: outcome(world, folder, "resolve", {**FAULTS[name], "after": 5}) for name in FAULTS}
@@ -89,7 +95,9 @@ def streams(world: World, place: Path) -> list[str]:
     """The same while shards are sent ahead: the first shard's call has the fault."""
     rows = []
     for call in SENDING:
-        rows.append([call, *(streamed(world, place, call, fault_of(call, name)) for name in AHEAD)])
+        rows.append(
+            [call, *(streamed(world, place, call, fault_of(call, name)) if has(call, name) else "" for name in AHEAD)]
+        )
     return table(["call for the first shard", *AHEAD], rows)
 
 

@@ -41,7 +41,7 @@ ROUTES = {
     "put": r"PUT /_lfs/(\w+)",
     "commit": rf"POST /api/models/{ID}/commit/(.+)",
     "paths": rf"POST /api/models/{ID}/paths-info/(.+)",
-    "tree": rf"GET /api/models/{ID}/tree/([^?]+)",
+    "tree": rf"GET /api/models/{ID}/tree/(refs/pr/\d+|[^/]+)(?:/(.*))?",
     "refs": rf"GET /api/models/{ID}/refs",
     "branch": rf"POST /api/models/{ID}/branch/(.+)",
     "unbranch": rf"DELETE /api/models/{ID}/branch/(.+)",
@@ -268,7 +268,7 @@ class _Answers(BaseHTTPRequestHandler):
         return self._keep(oid, body)
 
     def _part(self, body: bytes, oid: str, number: str) -> None:
-        self.hub.parts[oid, int(number)] = body
+        self.hub.parts[oid, int(number)] = self._damaged(body)
         self._send(200, b"", {"ETag": f'"{hashlib.md5(body).hexdigest()}"'})
 
     def _complete(self, body: bytes, oid: str) -> dict[str, Any]:
@@ -315,9 +315,9 @@ class _Answers(BaseHTTPRequestHandler):
 
     # Reading
 
-    def _tree(self, body: bytes, name: str, revision: str) -> list[dict[str, Any]]:
+    def _tree(self, body: bytes, name: str, revision: str, folder: str | None) -> list[dict[str, Any]]:
         found = self.hub.repos[name].commits[self._sha(name, revision)]
-        return [self._entry(path, file) for path, file in sorted(found.items())]
+        return [self._entry(path, file) for path, file in sorted(found.items()) if path.startswith(folder or "")]
 
     def _paths(self, body: bytes, name: str, revision: str) -> list[dict[str, Any]]:
         found = self.hub.repos[name].commits[self._sha(name, revision)]
