@@ -10,6 +10,7 @@ import typer
 
 from quantkit.cli_running import Device, DeviceOption
 from quantkit.errors import GateError
+from quantkit.joining import joined
 
 if TYPE_CHECKING:
     from quantkit.hub_push import Pushed
@@ -36,15 +37,26 @@ def run(
     """Quantize, validate and push in one go, as the recipe says; a gate that fails pushes nothing."""
     from quantkit.recipe import Recipe
 
-    resolved = Recipe.load(recipe, sets or (), model=model)
-    from transformers.utils import logging
+    with joined(device.value) as group:
+        resolved = Recipe.load(recipe, sets or (), model=model)
+        from transformers.utils import logging
 
-    from quantkit import job, report
-    from quantkit.progress import Progress
+        from quantkit import job, report
+        from quantkit.progress import Progress, Silent
 
-    logging.disable_progress_bar()
-    with Progress.for_terminal() as progress:
-        done = job.run(resolved, out=out, device=device.value, overwrite=overwrite, profile=profile, progress=progress)
+        logging.disable_progress_bar()
+        with Progress.for_terminal() if group.first else Silent() as progress:
+            done = job.run(
+                resolved,
+                out=out,
+                device=device.value,
+                overwrite=overwrite,
+                profile=profile,
+                progress=progress,
+                ranks=group,
+            )
+    if not group.first:
+        return
     report.print_result(done.result.summary, str(done.result.out))
     if done.pushed is None:
         validation = done.result.validation

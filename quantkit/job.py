@@ -17,6 +17,7 @@ from quantkit import api, hub, hub_push
 from quantkit.errors import InputError, QuantkitError
 from quantkit.hub_ahead import Ahead
 from quantkit.progress import Progress, Silent
+from quantkit.ranks import ALONE, Ranks
 from quantkit.recipe import Recipe
 from quantkit.recipe.push import Push
 from quantkit.validation import FAILED
@@ -42,11 +43,12 @@ def run(
     calibration_data: Iterable[Any] | None = None,
     token: str | None = None,
     progress: Progress | None = None,
+    ranks: Ranks = ALONE,
 ) -> Done:
     """`quantize`, and `push` as the recipe's `push:` says. Arguments as of those two.
 
     A gate that fails does not raise: nothing is pushed, and `pushed` is None. Where the push fails, the output is kept
-    and the message says how to push it. Raises as `quantize` and `push`.
+    and the message says how to push it. Of several ranks, rank 0 alone pushes. Raises as `quantize` and `push`.
     """
     progress = progress or Silent()
     settled = Recipe.from_any(recipe, overrides, model=model)
@@ -58,22 +60,17 @@ def run(
         )
     if settled.validation is None and not wanted.unvalidated:
         raise InputError("push: the recipe has validate: none; leave that out, or set push.unvalidated")
-    source = hub.resolve(settled.model)
+    how: dict[str, Any] = {"device": device, "overwrite": overwrite, "profile": profile, "progress": progress}
+    how |= {"out": out, "calibration_data": calibration_data, "ranks": ranks}
+    if not ranks.first:
+        return Done(api.quantize(settled, **how), None)
     login = hub_push.Login.open(token, progress)
+    source = hub.resolve(settled.model)
     name = login.name(wanted.repo or hub_push.default_name({"source": vars(source), "recipe": settled}))
     hub_push.check(login, source, wanted, name)
     with contextlib.ExitStack() as stack:
         ahead = stack.enter_context(_ahead(login, name, wanted)) if wanted.stream else None
-        result = api.quantize(
-            settled,
-            out=out,
-            device=device,
-            overwrite=overwrite,
-            profile=profile,
-            calibration_data=calibration_data,
-            shards=ahead,
-            progress=progress,
-        )
+        result = api.quantize(settled, **how, shards=ahead)
     if result.summary["status"] == FAILED:
         progress.say(f"{name}: nothing is pushed, for {result.out} failed its gates")
         return Done(result, None)
