@@ -20,10 +20,10 @@ from pathlib import Path
 import torch
 
 from quantkit import formats, lint
-from quantkit.checkpoint import ShardWriter
 from quantkit.convert import convert
 from quantkit.errors import InputError
 from quantkit.presets import PRESETS
+from quantkit.shards import ShardWriter
 from quantkit.types import QParams, QuantizedTensor, Scheme, TensorSpec
 
 SCHEME = PRESETS["W4A16"]

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from quantkit import hub
-from quantkit.checkpoint import ShardWriter
+from quantkit.shards import ShardWriter
 from quantkit.types import TensorSpec
 
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")

@@ -6,19 +6,16 @@ model = quantkit.load(result.out)
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from pydantic import ValidationError
 
-from quantkit import allocation, calibration, estimate, hub, output, pipeline, repair, validation
+from quantkit import allocation, calibration, estimate, hub, output, repair, resuming, running, validation
 from quantkit import plan as planning
-from quantkit.checkpoint import Shards
 from quantkit.errors import GateError, InputError, MissingError
 from quantkit.loading import load
 from quantkit.profile import Profile
@@ -29,8 +26,9 @@ from quantkit.recipe.calibration import TextSource
 from quantkit.recipe.gates import Limit, limits
 from quantkit.recipe.validation import Perplexity, Tasks
 from quantkit.recipe.validation import Validation as Settings
-from quantkit.validation import FAILED, UNVALIDATED, Validation
-from quantkit_eval import gate
+from quantkit.running import versions
+from quantkit.shards import Shards
+from quantkit.validation import FAILED, Validation
 
 __all__ = [
     "Result",
@@ -62,6 +60,7 @@ def quantize(
     overrides: Sequence[str] = (),
     device: str = "auto",
     overwrite: bool = False,
+    fresh: bool = False,
     profile: bool = False,
     calibration_data: Iterable[Any] | None = None,
     shards: Shards | None = None,
@@ -76,6 +75,7 @@ def quantize(
     overrides  "path.to.key=value" each, as `--set`
     device     "auto" (a GPU if there is one), "cpu" or "cuda"
     overwrite  replace the output of another recipe
+    fresh      start over, where an unfinished run of the same output could go on
     profile    say at the end where the time went; on a GPU it waits for each part, which costs a little
     calibration_data  texts, or chats as lists of {"role", "content"}, in place of the recipe's calibration.data; read
                       once, and only as far as the rows need
@@ -83,9 +83,13 @@ def quantize(
     ranks      the processes that do it together, `with quantkit.joining.joined() as ranks:`; all of them call this.
                Rank 0 alone reads calibration_data, writes, validates, and has a validation in its result
 
+    Where an earlier run of the same recipe, source, versions and device was cut short, it goes on after the last block
+    that was finished, and gives the same bytes. `progress.stop()` ends it after the block it is at.
+
     A gate that fails does not raise: the output is kept, marked as failed, and `result.validation.status` says so.
-    Raises InputError or MissingError when it cannot be done, and then nothing is left behind; GateError when the output
-    computes NaN or Inf, and then it is kept and marked as failed.
+    Raises InputError or MissingError when it cannot be done, and Interrupted after `progress.stop()`; what was finished
+    by then is kept in `.OUT.partial`. GateError when the output computes NaN or Inf, and then it is kept and marked as
+    failed.
     """
     progress = progress or Silent()
     if calibration_data is not None:
@@ -102,20 +106,26 @@ def quantize(
     ranks.agree("model", {"fingerprint": source.fingerprint()})
     folder = Path(out).expanduser() if out is not None else Path(default_name(source, settled))
     if not ranks.first:
-        return _help(folder, where, ranks)
-    chosen: dict[str, Any] | None = None
-    if settled.scheme.auto is not None:
-        output.check(folder, source.folder, None, overwrite=True)  # what is never replaced, before anything is measured
-        settled, chosen = allocation.allocate(settled, device=where, progress=progress, texts=calibration_data)
-    plan = planning.make(settled)
-    output.check(folder, plan.source.folder, settled.to_yaml(), overwrite=overwrite)
-    progress.say(f"{plan.source.model}: {len(plan.quantized)} linear layers to quantize, {len(plan.dense)} left dense")
-    if settled.validation is not None and settled.validation.repair is not None:
-        repair.check(plan, settled.validation.repair)
+        return Result(folder, running.assist(folder, where, ranks), None)
     timed = Profile(where, on=profile)
-    run = _Run(where, progress, timed, calibration_data, chosen, shards, ranks)
-    with output.staged(folder) as staging:
-        summary, proof, unusable = _repaired(plan, staging, run)
+    output.check(folder, source.folder, None, overwrite=True)  # what is never replaced, before anything is made
+    with (
+        output.working(folder) as place,
+        resuming.journaled(place, running.identity(settled, source, where), fresh=fresh, progress=progress) as (
+            staging,
+            log,
+        ),
+    ):
+        settled, chosen = running.choose(settled, log, where, progress, calibration_data)
+        plan = planning.make(settled)
+        output.check(folder, plan.source.folder, settled.to_yaml(), overwrite=overwrite)
+        progress.say(
+            f"{plan.source.model}: {len(plan.quantized)} linear layers to quantize, {len(plan.dense)} left dense"
+        )
+        if settled.validation is not None and settled.validation.repair is not None:
+            repair.check(plan, settled.validation.repair)
+        run = running.Run(where, progress, timed, calibration_data, chosen, shards, ranks, log)
+        summary, proof, unusable = running.repaired(plan, staging, run)
         if shards is not None:
             shards.dropped() if summary["status"] == FAILED else shards.wait()
         for line in timed.lines():
@@ -124,106 +134,6 @@ def quantize(
         raise GateError(f"{folder}: {unusable}")
     ranks.told({"summary": summary})
     return Result(folder, summary, proof)
-
-
-def _help(folder: Path, device: torch.device, ranks: Ranks) -> Result:
-    """What ranks but the first do: their part of each quantization that rank 0 begins, until it is done."""
-    while "summary" not in (message := ranks.told()):
-        plan = planning.make(Recipe.parse(message["recipe"]))
-        pipeline.quantize(plan, folder, device=device, progress=Silent(), ranks=ranks)
-    return Result(folder, message["summary"], None)
-
-
-@dataclass(frozen=True)
-class _Run:
-    """What one call of `quantize` works with. allocation: the report of a choice of schemes, if there was one."""
-
-    device: torch.device
-    progress: Progress
-    profile: Profile
-    texts: Any
-    allocation: dict[str, Any] | None
-    shards: Shards | None
-    ranks: Ranks
-
-
-_Outcome = tuple[dict[str, Any], Validation | None, GateError | None]
-
-
-def _repaired(plan: planning.Plan, staging: Path, run: _Run) -> _Outcome:
-    """`_once`, and again with more bits for the worst layers, where gates fail and the recipe asks for repair."""
-    summary, proof, unusable = _once(plan, staging, run)
-    settings = plan.recipe.validation.repair if plan.recipe.validation is not None else None
-    layers, steps = summary["layers"], []
-    before: repair.Step | None = None
-    while settings is not None and proof is not None and any(g.outcome == "fail" and not g.passed for g in proof.gates):
-        step = repair.next_step(plan, settings, layers, before)
-        if step is None:
-            run.progress.say("repair: no more layers can be kept in higher precision within validate.repair.size")
-            break
-        names = ", ".join(step.groups[:3]) + (f" and {len(step.groups) - 3} more" if len(step.groups) > 3 else "")
-        failed = "; ".join(gate.said(g) for g in proof.gates if not g.passed)
-        run.progress.say(f"repair: {failed}. Again, with {step.scheme} for {names}")
-        if run.shards is not None:
-            run.shards.dropped()
-        output.empty(staging)
-        summary, proof, unusable = _once(step.plan, staging, run)
-        steps.append(
-            {
-                "scheme": step.scheme,
-                "groups": list(step.groups),
-                "output_bytes": step.plan.output_bytes,
-                "kl": None if proof is None else proof.comparison.kl,
-                "status": summary["status"],
-            }
-        )
-        before = step
-    if steps:
-        summary = {**summary, "repair": {"first_bytes": plan.output_bytes, "steps": steps}}
-        output.write_json(staging / output.SUMMARY, summary)
-    return summary, proof, unusable
-
-
-def _once(plan: planning.Plan, staging: Path, run: _Run) -> _Outcome:
-    """Quantizes into an empty folder, and measures it: quantkit.json's content, the proof, or why it is unusable."""
-    run.ranks.told({"recipe": plan.recipe.to_yaml()})
-    done = pipeline.quantize(
-        plan,
-        staging,
-        device=run.device,
-        progress=run.progress,
-        profile=run.profile,
-        calibration_data=run.texts,
-        shards=run.shards,
-        ranks=run.ranks,
-    )
-    (staging / output.RECIPE).write_text(plan.recipe.to_yaml(), "utf-8")
-    summary = {**_summary(plan, done), "allocation": run.allocation}
-    output.write_json(staging / output.SUMMARY, summary)
-    settings = plan.recipe.validation
-    if settings is None:
-        return summary, None, None
-    proof: Validation | None = None
-    unusable: GateError | None = None
-    try:
-        proof = validation.validate(
-            staging,
-            plan.source,
-            settings,
-            settings.gates.limits(),
-            device=run.device,
-            progress=run.progress,
-            layers=done["layers"],
-            trust_remote_code=plan.recipe.trust_remote_code,
-        )
-        outcome = proof.to_dict()
-        if run.allocation is not None:
-            run.progress.say(allocation.verdict(run.allocation, proof.comparison.kl))
-    except GateError as e:
-        unusable, outcome = e, {"status": FAILED, "message": str(e)}
-    summary = {**summary, "status": outcome["status"], "validation": outcome}
-    output.write_json(staging / output.SUMMARY, summary)
-    return summary, proof, unusable
 
 
 def validate(
@@ -351,41 +261,3 @@ def describe(recipe: Recipe) -> dict[str, Any]:
 def default_name(source: hub.Source, recipe: Recipe) -> str:
     """Name of the output folder when none is given: pydocs-llama-7m-W4A16."""
     return f"{source.name}-{recipe.scheme.label}"
-
-
-def _summary(plan: planning.Plan, done: dict[str, Any]) -> dict[str, Any]:
-    """The content of quantkit.json. Without times: the same work gives the same file."""
-    return {
-        "quantkit": versions()["quantkit"],
-        "status": UNVALIDATED,
-        "source": {
-            "model": plan.source.model,
-            "revision": plan.source.revision,
-            "fingerprint": plan.source.fingerprint(),
-        },
-        "recipe": plan.recipe.to_dict(),
-        "data": done["data"],
-        "kv_cache": done["kv_cache"],
-        "versions": versions(),
-        "layers": done["layers"],
-        "folds": done["folds"],
-        "experts": done["experts"],
-        "not_quantized": [{"name": x.name, "reason": x.reason} for x in plan.dense],
-        "copied_tensors": plan.skeleton.unknown,
-        "files": done["files"],
-        "tensors": done["tensors"],
-        "size": {"source_bytes": plan.skeleton.checkpoint.size(), "output_bytes": plan.output_bytes},
-        "warnings": list(plan.warnings),
-        "validation": None,
-    }
-
-
-def versions() -> dict[str, str]:
-    """Versions of what decides the bytes of an output."""
-    found = {"python": platform.python_version()}
-    for package in ("quantkit", "torch", "transformers", "safetensors"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
-    return found

@@ -1,26 +1,21 @@
-"""Safetensors on disk: a lazy reader over shards, and a writer that knows where every byte goes before the first.
+"""Safetensors on disk, read lazily: a tensor is a name, a shape and a shard until `read` is called.
 
-Reader: opening reads headers only; a tensor is a name, a shape and a shard until `read` is called.
-Writer: names, shapes and dtypes of the output are known before the work starts, so shards are laid out, sized and
-given their headers first; each tensor is then written at its own offset as soon as it exists. Memory: one tensor.
-The bytes are those of safetensors' own `save_file` for the same tensors.
+Opening reads headers only. Their writer is in shards.py.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import threading
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from quantkit.errors import InputError, MissingError
+from quantkit.errors import InputError
 from quantkit.types import TensorSpec
 
 INDEX = "model.safetensors.index.json"
@@ -221,156 +216,6 @@ def _shards(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
             "refused; convert them to safetensors first, or use a revision that has safetensors"
         )
     raise InputError(f"{folder}: no safetensors weights ({SINGLE} or {INDEX})")
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a tensor lies: its shard and its first and last byte in the file."""
-
-    shard: str
-    begin: int
-    end: int
-
-
-def lay_out(specs: Mapping[str, TensorSpec], shard_size: int) -> tuple[dict[str, Place], dict[str, bytes]]:
-    """Fixes every byte of a checkpoint: where each tensor goes, and the header of each shard.
-
-    Tensors fill shards in the given order, up to `shard_size` bytes a shard (one tensor may exceed it).
-    """
-    shards: list[list[str]] = [[]]
-    filled = 0
-    for name, spec in specs.items():
-        if shards[-1] and filled + nbytes(spec) > shard_size:
-            shards.append([])
-            filled = 0
-        shards[-1].append(name)
-        filled += nbytes(spec)
-    rank = {dtype: i for i, dtype in enumerate(DTYPES)}
-    places: dict[str, Place] = {}
-    headers: dict[str, bytes] = {}
-    for i, names in enumerate(shards):
-        file = SINGLE if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        offset = 0
-        for name in sorted(names, key=lambda n: (rank[specs[n].dtype], n)):
-            end = offset + nbytes(specs[name])
-            entries[name] = {
-                "dtype": specs[name].dtype,
-                "shape": list(specs[name].shape),
-                "data_offsets": [offset, end],
-            }
-            offset = end
-        header = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-        header += b" " * (-len(header) % 8)
-        headers[file] = len(header).to_bytes(8, "little") + header
-        for name in names:
-            begin, end = entries[name]["data_offsets"]
-            places[name] = Place(file, begin + len(headers[file]), end + len(headers[file]))
-    return places, headers
-
-
-class Shards(Protocol):
-    """Whoever wants to know when a shard is whole, as one who sends it somewhere while the next is written."""
-
-    def finished(self, file: Path) -> None:
-        """All tensors of the file are in it and on the disk. Must not take long."""
-
-    def dropped(self) -> None:
-        """The files so far are not wanted any more, and go away."""
-
-    def wait(self) -> None:
-        """The files are wanted and about to move: returns when they may."""
-
-
-class ShardWriter:
-    """Writes tensors into shards that are laid out beforehand, in any order, each exactly once.
-
-    folder      an existing folder
-    specs       every tensor that will be written
-    shard_size  bytes of tensors a shard
-    shards      is told of each file when it is whole
-
-    Raises MissingError when the disk has no room for the whole checkpoint, before anything is computed.
-    """
-
-    def __init__(
-        self, folder: Path, specs: Mapping[str, TensorSpec], shard_size: int, shards: Shards | None = None
-    ) -> None:
-        self.folder = folder
-        self._shards = shards
-        self._specs = dict(specs)
-        self._places, headers = lay_out(specs, shard_size)
-        self._left = set(specs)
-        self._lock = threading.Lock()  # tensors may come from several threads
-        self._missing = Counter(place.shard for place in self._places.values())
-        self._files: dict[str, int] = {}
-        ends: dict[str, int] = {shard: len(header) for shard, header in headers.items()}
-        for place in self._places.values():
-            ends[place.shard] = max(ends[place.shard], place.end)
-        for shard, header in headers.items():
-            handle = os.open(folder / shard, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
-            self._files[shard] = handle
-            try:
-                _reserve(handle, ends[shard])
-            except OSError as e:
-                self.abort()
-                raise MissingError(
-                    f"{folder}: no room for the output, {sum(ends.values()):,} bytes ({e.strerror}); free some"
-                ) from None
-            os.pwrite(handle, header, 0)
-
-    def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Writes one tensor to its place. Shape and dtype must be the announced ones."""
-        spec = TensorSpec(NAMES[tensor.dtype], tuple(tensor.shape))
-        if spec != self._specs[name]:
-            raise ValueError(f"{name} was announced as {self._specs[name]} but is {spec}")
-        if name not in self._left:
-            raise ValueError(f"{name} is written twice")
-        place = self._places[name]
-        raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-        data = memoryview(raw)  # type: ignore[arg-type]
-        offset = place.begin
-        while data:
-            count = os.pwrite(self._files[place.shard], data, offset)
-            offset, data = offset + count, data[count:]
-        with self._lock:
-            self._left.remove(name)
-            self._missing[place.shard] -= 1
-            whole = not self._missing[place.shard]
-        if self._shards is not None and whole:
-            os.fsync(self._files[place.shard])
-            self._shards.finished(self.folder / place.shard)
-
-    def close(self) -> list[str]:
-        """Makes everything durable and writes the index. Returns the files written. All tensors must be there."""
-        if self._left:
-            raise ValueError(f"{len(self._left)} tensors were never written, {sorted(self._left)[0]} among them")
-        for handle in self._files.values():
-            os.fsync(handle)
-            os.close(handle)
-        files = list(self._files)
-        self._files = {}
-        if len(files) > 1:
-            total = sum(nbytes(spec) for spec in self._specs.values())
-            weight_map = {name: self._places[name].shard for name in sorted(self._specs)}
-            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-            (self.folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", "utf-8")
-            files.append(INDEX)
-        return files
-
-    def abort(self) -> None:
-        """Closes the files as they are. The folder is the caller's to remove."""
-        for handle in self._files.values():
-            os.close(handle)
-        self._files = {}
-
-
-def _reserve(handle: int, size: int) -> None:
-    """Asks the disk for `size` bytes now, so that a full disk is met before hours of work and not after."""
-    if hasattr(os, "posix_fallocate"):
-        os.posix_fallocate(handle, 0, size)
-    else:
-        os.ftruncate(handle, size)
 
 
 def is_other_weights(file: Path) -> bool:

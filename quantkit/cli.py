@@ -7,6 +7,7 @@ commands, so that help comes at once.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import json
@@ -143,11 +144,13 @@ def quantize(
     sets: Sets = None,
     device: DeviceOption = Device.auto,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an output of an earlier run.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start over, where an unfinished run could go on.")] = False,
     profile: Annotated[bool, typer.Option("--profile", help="Say at the end where the time went.")] = False,
 ) -> None:
     """Quantize a model by a recipe, write it, reload it from disk and validate it.
 
     On several GPUs: torchrun --nproc-per-node N -m quantkit quantize RECIPE.
+    The same command goes on where it was cut short. Ctrl-C ends it after the block it is at, twice at once.
     """
     from quantkit.recipe import Recipe
 
@@ -158,7 +161,10 @@ def quantize(
         from quantkit.progress import Progress, Silent
 
         api = _api()
-        with Progress.for_terminal() if group.first else Silent() as progress:
+        with contextlib.ExitStack() as stack:
+            progress = stack.enter_context(Progress.for_terminal() if group.first else Silent())
+            if group.alone:
+                stack.enter_context(cli_running.ending_gently(progress))
             if resolved.push is not None:
                 progress.say("the recipe's push is for quantkit run; quantize pushes nothing")
             result = api.quantize(
@@ -166,6 +172,7 @@ def quantize(
                 out=out,
                 device=device.value,
                 overwrite=overwrite,
+                fresh=fresh,
                 profile=profile,
                 progress=progress,
                 ranks=group,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from quantkit.cli_running import Device, DeviceOption
+from quantkit.cli_running import Device, DeviceOption, ending_gently
 from quantkit.errors import GateError
 from quantkit.joining import joined
 
@@ -32,6 +33,7 @@ def run(
     ] = None,
     device: DeviceOption = Device.auto,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an output of an earlier run.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start over, where an unfinished run could go on.")] = False,
     profile: Annotated[bool, typer.Option("--profile", help="Say at the end where the time went.")] = False,
 ) -> None:
     """Quantize, validate and push in one go, as the recipe says; a gate that fails pushes nothing."""
@@ -45,12 +47,16 @@ def run(
         from quantkit.progress import Progress, Silent
 
         logging.disable_progress_bar()
-        with Progress.for_terminal() if group.first else Silent() as progress:
+        with contextlib.ExitStack() as stack:
+            progress = stack.enter_context(Progress.for_terminal() if group.first else Silent())
+            if group.alone:
+                stack.enter_context(ending_gently(progress))
             done = job.run(
                 resolved,
                 out=out,
                 device=device.value,
                 overwrite=overwrite,
+                fresh=fresh,
                 profile=profile,
                 progress=progress,
                 ranks=group,

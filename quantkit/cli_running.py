@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,6 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from quantkit.errors import InputError
+from quantkit.progress import Progress
 
 FolderArgument = Annotated[
     Path, typer.Argument(metavar="DIR", help="A quantized checkpoint on this machine.", show_default=False)
@@ -32,6 +36,26 @@ def add(app: typer.Typer, guarded: Callable[[Any], Any]) -> None:
     """Adds the commands. guarded: turns what a command raises into a sentence and an exit code."""
     for command in (bench, serve, compile_step):
         app.command(name=command.__name__.partition("_")[0])(guarded(command))
+
+
+@contextmanager
+def ending_gently(progress: Progress) -> Iterator[None]:
+    """The first Ctrl-C or SIGTERM ends the work after the step it is at, the second at once."""
+
+    def ask(number: int, frame: object) -> None:
+        if progress.stopping:
+            raise KeyboardInterrupt
+        progress.stop()
+        # Not through `progress`: it may be printing at this moment.
+        os.write(2, b"\nending after this step; again to end at once. What is finished is kept either way\n")
+
+    signals = [s for s in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(s) != signal.SIG_IGN]
+    before = {s: signal.signal(s, ask) for s in signals}
+    try:
+        yield
+    finally:
+        for s, handler in before.items():
+            signal.signal(s, handler)
 
 
 def _quiet() -> Any:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from quantkit import formats, hub, numerics, output, packed, stacking
-from quantkit.checkpoint import DTYPES, ShardWriter, bits_per_weight, nbytes
+from quantkit.checkpoint import DTYPES, bits_per_weight, nbytes
 from quantkit.errors import InputError
 from quantkit.formats import awq, gptq
 from quantkit.formats._shared import fits
@@ -28,6 +28,7 @@ from quantkit.packed import KV_SCALES, Layer, Packed, natural
 from quantkit.progress import Progress, Silent
 from quantkit.recipe import Export
 from quantkit.recipe.errors import hint
+from quantkit.shards import ShardWriter
 from quantkit.types import Format, QParams, QuantizedTensor, Scheme, TensorSpec
 
 DENSE = "dense"

@@ -25,3 +25,9 @@ class MissingError(QuantkitError):
     """Something this machine lacks: a package, a GPU, room on a disk, the right to write. Exit code 4."""
 
     exit_code = 4
+
+
+class Interrupted(QuantkitError):
+    """The run was asked to end, and did so between two steps. Exit code 130."""
+
+    exit_code = 130

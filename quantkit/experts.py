@@ -10,7 +10,7 @@ their statistics alone are worse than none; `shrink` draws them towards those of
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from statistics import median
 from typing import Any
@@ -279,3 +279,25 @@ def coverage(tokens: Sequence[int], width: int) -> dict[str, Any]:
         "max": max(tokens),
         "few": sum(t < FEW * width for t in tokens),
     }
+
+
+def few(model: nn.Module, tokens: Mapping[str, int]) -> list[str]:
+    """What must be told of experts that saw few calibration tokens: a line a layer.
+
+    tokens  of each expert, by its name
+    """
+    layers: dict[str, list[int]] = {}
+    for name, count in tokens.items():
+        layers.setdefault(name.rpartition(".")[0], []).append(count)
+    lines = []
+    for owner, counts in layers.items():
+        module = model.get_submodule(owner)
+        assert isinstance(module, Experts)
+        found = coverage(counts, module.width)
+        if found["few"]:
+            lines.append(
+                f"{owner}: {found['few']} of {found['experts']} experts saw fewer than {FEW} tokens an input channel "
+                f"({FEW * module.width}), the least {found['min']}, the median {found['median']:g}; their statistics "
+                "lean on those of all tokens: raise calibration.samples"
+            )
+    return lines

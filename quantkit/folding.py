@@ -6,6 +6,7 @@ x xᵀ becomes diag(1/s) H diag(1/s), maxima and means are divided by s.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from quantkit.ranks import ALONE, Ranks
 from quantkit.recipe.named import Transform
 from quantkit.transforms import Consumer
 from quantkit.transforms._fold import fold_all
+from quantkit.transforms.rotation import TOLERANCE, Rotation
 from quantkit.types import Notes, Stats
 
 
@@ -164,3 +166,31 @@ def _line(transform: str, link: Link, s: torch.Tensor) -> dict[str, Any]:
         "least": float(s.min()),
         "largest": float(s.max()),
     }
+
+
+def check_rotation(
+    plan: Plan, rotation: Rotation, block: blocks.Block, batch: blocks.Batch, device: torch.device
+) -> None:
+    """Runs the original block beside the rotated one, in float32. Raises InputError when they do not agree."""
+    ghost = plan.skeleton
+    names = ghost.parameters(block.name + ".")
+    kept = {name: ghost.get(name) for name in names}
+    module = ghost.model.get_submodule(block.name)
+
+    def through(read: Callable[..., torch.Tensor], hidden: torch.Tensor) -> torch.Tensor:
+        for name in names:
+            tensor = read(name, device)
+            ghost.put(name, tensor.float() if tensor.is_floating_point() else tensor)
+        return blocks.run(module, batch, block.index, hidden=hidden)
+
+    before = rotation.original(batch.hidden.to(device).float())
+    error = rotation.error(
+        before, through(ghost.original, before), through(ghost.read, rotation.hidden(before)), batch.mask
+    )
+    for name, tensor in kept.items():
+        ghost.put(name, tensor)
+    if not error <= TOLERANCE:
+        raise InputError(
+            f"{block.name}: rotated, it does something else (relative error {error:.2g}, above {TOLERANCE:g}, more "
+            "than rounding explains); this architecture cannot be rotated, leave rotation out of transforms"
+        )

@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,15 @@ class Source:
                 length = int.from_bytes(f.read(8), "little")
                 digest.update(f"{file.name} {file.stat().st_size} ".encode() + f.read(min(length, 1 << 27)))
         return digest.hexdigest()
+
+    def stamp(self) -> dict[str, str]:
+        """Size and time of config.json and every shard: tells whether a file was written to since."""
+        found = {}
+        for file in [self.folder / "config.json", *sorted(self.folder.glob("*.safetensors"))]:
+            stat = file.stat()
+            time = datetime.fromtimestamp(stat.st_mtime_ns // 10**9, timezone.utc)
+            found[file.name] = f"{stat.st_size} bytes of {time:%Y-%m-%d %H:%M:%S}.{stat.st_mtime_ns % 10**9:09d}"
+        return found
 
 
 def resolve(model: str) -> Source:

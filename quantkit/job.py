@@ -39,6 +39,7 @@ def run(
     overrides: Sequence[str] = (),
     device: str = "auto",
     overwrite: bool = False,
+    fresh: bool = False,
     profile: bool = False,
     calibration_data: Iterable[Any] | None = None,
     token: str | None = None,
@@ -61,7 +62,7 @@ def run(
     if settled.validation is None and not wanted.unvalidated:
         raise InputError("push: the recipe has validate: none; leave that out, or set push.unvalidated")
     how: dict[str, Any] = {"device": device, "overwrite": overwrite, "profile": profile, "progress": progress}
-    how |= {"out": out, "calibration_data": calibration_data, "ranks": ranks}
+    how |= {"out": out, "calibration_data": calibration_data, "fresh": fresh, "ranks": ranks}
     if not ranks.first:
         return Done(api.quantize(settled, **how), None)
     login = hub_push.Login.open(token, progress)

@@ -7,7 +7,7 @@ nothing else of the forward changes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +19,7 @@ from quantkit import blocks
 from quantkit.errors import InputError
 from quantkit.numerics._activations import kv_absmax, kv_scale
 from quantkit.skeleton import Skeleton
+from quantkit.types import TensorScheme
 
 
 @dataclass(frozen=True)
@@ -154,3 +155,11 @@ def observe(module: nn.Module, batch: blocks.Batch, block: blocks.Block, peaks: 
             f"{block.name}: asks its cache for {e.name!r}, so its keys and values cannot be calibrated; "
             "set kv_cache: none"
         ) from None
+
+
+def span(scheme: TensorScheme | None, scales: Mapping[str, Sequence[float]]) -> dict[str, Any] | None:
+    """The smallest and the largest scale of keys and of values, for the report; None where they are not quantized."""
+    if scheme is None:
+        return None
+    spans = {side: {"least": min(found), "largest": max(found)} for side, found in scales.items()}
+    return {"number": scheme.number, "strategy": scheme.strategy, **spans}

@@ -1,8 +1,9 @@
 """The output folder: built beside its final place under another name, and moved there only when it is whole.
 
 OUT           absent, empty, or the finished output of an earlier run of the same recipe (or `overwrite`)
-.OUT.partial  where the work happens; removed when the run fails or is interrupted; a leftover of a killed run is
-              known by its lock file and replaced, anything else of that name is refused
+.OUT.partial  where the work happens, one run at a time; known by its lock file, anything else of that name is refused
+  output      what becomes OUT
+  journal     what is finished, and hidden: from where the same command goes on; see quantkit/resuming.py
 """
 
 from __future__ import annotations
@@ -16,14 +17,20 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from quantkit import journal
 from quantkit.checkpoint import is_other_weights, other_files
 from quantkit.errors import InputError, MissingError
 from quantkit.formats import CONFIG_FILES
+from quantkit.hub import read_json
+from quantkit.plan import Plan
 
+CONFIG = "config.json"
 SUMMARY = "quantkit.json"
 RECIPE = "quantkit-recipe.yaml"
 BENCH = "quantkit-bench.json"  # of quantkit bench --save
 LOCK = ".quantkit-running"
+OUTPUT = "output"
+JOURNAL = "journal"
 
 
 def check(out: Path, source: Path, recipe_yaml: str | None, *, overwrite: bool) -> None:
@@ -54,26 +61,53 @@ def check(out: Path, source: Path, recipe_yaml: str | None, *, overwrite: bool) 
 
 
 @contextmanager
-def staged(out: Path) -> Iterator[Path]:
-    """Gives a fresh folder to write in; moves it to `out` when the body ends well, removes it when it does not."""
+def working(out: Path) -> Iterator[Path]:
+    """Gives the folder of a run, locked, with whatever an earlier run left; its `output` becomes `out` at a good end.
+
+    When the body does not end well, everything stays as it is, if there is a journal, and is removed if there is none.
+    """
     folder = out.parent / f".{out.name}.partial"
     lock = _acquire(folder)
     try:
         yield folder
-        (folder / LOCK).unlink()
-        _replace(out, folder)
+        _replace(out, folder / OUTPUT)
+        discard(folder)
     except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
+        if not journal.exists(folder / JOURNAL):
+            discard(folder)
         raise
     finally:
         os.close(lock)
 
 
+@contextmanager
+def staged(out: Path) -> Iterator[Path]:
+    """Gives a fresh folder to write in; moves it to `out` when the body ends well, removes it when it does not.
+
+    Raises InputError when an unfinished run for `out` could be continued.
+    """
+    with working(out) as folder:
+        if journal.exists(folder / JOURNAL):
+            raise InputError(
+                f"{folder}: holds an unfinished run of quantkit quantize; end that first by the same command, remove "
+                "the folder, or choose another --out"
+            )
+        empty(folder)
+        (folder / OUTPUT).mkdir()
+        yield folder / OUTPUT
+
+
 def empty(folder: Path) -> None:
-    """Removes what `staged` gave to write in, for another try."""
+    """Removes what is in a folder, but for the lock."""
     for path in folder.iterdir():
         if path.name != LOCK:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def discard(folder: Path) -> None:
+    """Removes the folder of a run. The lock goes last: what a kill leaves meanwhile is still known as a leftover."""
+    empty(folder)
+    shutil.rmtree(folder)
 
 
 def _acquire(folder: Path) -> int:
@@ -97,17 +131,20 @@ def _acquire(folder: Path) -> int:
         raise InputError(
             f"{folder}: another run is writing this output; wait for it, or choose another --out"
         ) from None
-    empty(folder)
     return handle
 
 
 def _replace(out: Path, folder: Path) -> None:
-    """Puts `folder` in the place of `out`. The old one goes last, so that at any moment one of them is whole."""
+    """Puts `folder` in the place of `out`, durably. The old one goes last: at any moment one of them is whole."""
+    for path in folder.rglob("*"):
+        journal.sync(path)
+    journal.sync(folder)
     old = out.parent / f".{out.name}.old"
     shutil.rmtree(old, ignore_errors=True)
     if out.exists():
         os.rename(out, old)
     os.rename(folder, out)
+    journal.sync(out.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -146,3 +183,19 @@ def write_json(file: Path, content: dict[str, Any]) -> None:
         f.flush()
         os.fsync(f.fileno())
     os.replace(fresh, file)
+
+
+def write_others(plan: Plan, folder: Path, weights: list[str]) -> dict[str, Any]:
+    """config.json with what was done, every other file of the source, and the format's own."""
+    config = read_json(plan.source.folder / CONFIG)
+    config["quantization_config"] = plan.config()
+    if plan.untied:
+        for part in (config, config.get("text_config")):
+            if isinstance(part, dict) and (part is config or "tie_word_embeddings" in part):
+                part["tie_word_embeddings"] = False
+    write_json(folder / CONFIG, config)
+    sources = plan.skeleton.checkpoint.where.values()
+    files = copy_files(plan.source.folder, folder, set(sources), skip=(CONFIG,))
+    for name, content in plan.files().items():
+        write_json(folder / name, content)
+    return {"weights": weights, **files}

@@ -4,17 +4,19 @@
     run up to the blocks   calibration rows become hidden states
     for each block         load it; observe each distinct input of its linears; fold scales, where the recipe has
                            transforms; round each weight once; write it; put the decoded weights in its place and run
-                           it again, so that the next block sees what it will see in production
+                           it again, so that the next block sees what it will see in production; make it durable:
+                           its tensors, then the hidden states, then the journal's record of it
     finish                 the rest of the tensors, config.json, every other file of the source
 
-What needs no calibration goes from shard to shard instead (`streaming`).
-Writes into a folder that the caller made, and never to any other place. Nothing here says that the output is good:
-that is for validation, after a reload from disk.
+What needs no calibration goes from shard to shard instead (`streaming`), finished block by block all the same.
+With a journal that has blocks already, the run goes on with the next one, and gives what it would have given in one go.
+Writes into the folder that the caller made and beside the journal, and never to any other place. Nothing here says that
+the output is good: that is for validation, after a reload from disk.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,35 +26,37 @@ import torch
 from quantkit import (
     blocks,
     calibration,
+    experts,
     folding,
     formats,
+    hidden,
     kv_cache,
     observation,
+    output,
     shares,
     skeleton,
     solve,
     streaming,
     tuning,
 )
-from quantkit.checkpoint import DTYPES, Shards, ShardWriter
+from quantkit.checkpoint import DTYPES
 from quantkit.errors import InputError
-from quantkit.experts import FEW, coverage
-from quantkit.hub import read_json
 from quantkit.inventory import account
-from quantkit.output import copy_files, write_json
+from quantkit.journal import Journal
 from quantkit.plan import Linear, Plan, outside, tokenizer, whole
 from quantkit.profile import Profile
 from quantkit.progress import Progress
 from quantkit.ranks import ALONE, Ranks
-from quantkit.transforms.rotation import TOLERANCE, Rotation
-
-CONFIG = "config.json"
-HIDDEN_SHARE = 0.25  # of the GPU memory that is free: what hidden states may take of it
+from quantkit.resuming import Finished, Report
+from quantkit.shards import Shards, ShardWriter
 
 
 @dataclass
 class Run:
-    """One run under way: the plan, where it computes, what it has found out so far."""
+    """One run under way: the plan, where it computes, what it has found out so far.
+
+    finished  the blocks before the one that is worked on; found: what the report will say of that one
+    """
 
     plan: Plan
     writer: ShardWriter
@@ -60,15 +64,13 @@ class Run:
     dtype: torch.dtype
     progress: Progress
     profile: Profile
-    ranks: Ranks = ALONE
-    layers: list[dict[str, Any]] = field(default_factory=list)
-    folds: list[dict[str, Any]] = field(default_factory=list)
-    experts: dict[str, int] = field(default_factory=dict)
-    kv_scales: dict[str, list[float]] = field(default_factory=lambda: {"k_scale": [], "v_scale": []})
+    ranks: Ranks
+    finished: Finished
+    found: Report = field(default_factory=Report)
 
     def record(self, found: solve.Solved) -> None:
         """One line of the report, and what a user must be told at once."""
-        self.layers.append(found.report)
+        self.found.layers.append(found.report)
         for line in found.report["notes"]:
             self.progress.warn(f"{found.layer.name}: {line}")
 
@@ -84,14 +86,16 @@ def quantize(
     calibration_data: Iterable[Any] | None = None,
     shards: Shards | None = None,
     ranks: Ranks = ALONE,
+    journal: Journal | None = None,
 ) -> dict[str, Any]:
-    """Quantizes a planned model into an empty folder; returns what quantkit.json says of the layers, data and files.
+    """Quantizes a planned model into a folder; returns what quantkit.json says of the layers, data and files.
 
     device   where blocks are computed; on the CPU in float32, on a GPU in the checkpoint's dtype
     profile  takes the seconds of each part of the work
     calibration_data  texts or chats in place of the recipe's; read once
     shards   is told of each file of weights when it is whole
     ranks    who else works on it; all call this, rank 0 alone reads the data, writes, and has something to return
+    journal  has what is finished, and takes more; None: nothing of a run that is cut short can be used again
     """
     for warning in plan.warnings:
         progress.warn(warning)
@@ -99,13 +103,20 @@ def quantize(
     if rows is None and not ranks.first:
         return {}  # the disk's work, which several ranks would not do faster
     dtype = torch.float32 if device.type == "cpu" else plan.skeleton.dtype
+    finished = Finished(journal, ranks if rows is not None else ALONE, device)
+    finished.same_data(None if rows is None else rows.sha256)
+    if journal is not None and finished.written is None:
+        output.empty(folder)  # nothing that is there was finished
     size = plan.recipe.export.shard_bytes
-    writer = ShardWriter(folder, plan.specs, size, shards) if ranks.first else shares.Nowhere()
-    run = Run(plan, writer, device, dtype, progress, profile or Profile(device, on=False), ranks)
+    writer = ShardWriter(folder, plan.specs, size, shards, finished.written) if ranks.first else shares.Nowhere()
+    run = Run(plan, writer, device, dtype, progress, profile or Profile(device, on=False), ranks, finished)
     try:
+        if finished.blocks:
+            progress.say(finished.told(len(plan.structure.blocks)))
+            progress.warnings += finished.report.warnings
         if rows is None:
             with run.profile("stream"):
-                run.layers += streaming.stream(plan, writer, device, progress)
+                streaming.stream(plan, writer, device, progress, finished)
         else:
             _calibrated(run, rows)
         weights = writer.close()
@@ -113,13 +124,13 @@ def quantize(
         writer.abort()
     if not ranks.first:
         return {}
-    files = _files(plan, folder, weights)
+    files = output.write_others(plan, folder, weights)
     return {
         "data": _data(rows),
-        "kv_cache": _kv_range(run),
-        "layers": run.layers,
-        "folds": run.folds,
-        "experts": run.experts,
+        "kv_cache": kv_cache.span(plan.kv_scheme, finished.report.kv_scales),
+        "layers": finished.report.layers,
+        "folds": finished.report.folds,
+        "experts": finished.report.experts,
         "files": files,
         "tensors": account(plan, folder, files).to_dict(),
     }
@@ -127,12 +138,20 @@ def quantize(
 
 def _calibrated(run: Run, rows: calibration.Rows) -> None:
     """Block by block, each with what the calibration rows are by then."""
-    plan, progress = run.plan, run.progress
-    progress.begin(len(plan.structure.blocks), "block")
-    batches = _outside(run, rows)
-    for block in plan.structure.blocks:
+    plan, progress, finished = run.plan, run.progress, run.finished
+    left = plan.structure.blocks[finished.blocks :]
+    progress.begin(len(plan.structure.blocks), "block", done=finished.blocks)
+    if finished.written is None:
+        _write_outside(run)
+    batches = _to_blocks(run, rows) if left else []
+    for block in left:
         progress.item(block.index + 1, block.name)
+        run.found, heard = Report(), len(progress.warnings)
         _block(run, block, batches)
+        run.found.warnings = progress.warnings[heard:]
+        progress.doing("make durable")
+        with run.profile("make durable"):
+            finished.block(run.writer, run.found, [] if block is left[-1] else batches)
     for name in plan.skeleton.unknown:
         run.writer.write(name, plan.skeleton.checkpoint.read_finite(name))
     progress.end()
@@ -195,59 +214,38 @@ def _data(rows: calibration.Rows | None) -> dict[str, Any] | None:
     return None if rows is None else {"sha256": rows.sha256, **rows.report}
 
 
-def _kv_range(run: Run) -> dict[str, Any] | None:
-    """The smallest and the largest scale of keys and of values, for the report."""
-    scheme = run.plan.kv_scheme
-    if scheme is None:
-        return None
-    return {
-        "number": scheme.number,
-        "strategy": scheme.strategy,
-        **{side: {"least": min(found), "largest": max(found)} for side, found in run.kv_scales.items()},
-    }
-
-
-def _outside(run: Run, rows: calibration.Rows) -> list[blocks.Batch]:
-    """Writes what is in no block, and takes the calibration rows up to the first block."""
-    plan, ghost = run.plan, run.plan.skeleton
-    names = outside(ghost, plan.structure)
+def _write_outside(run: Run) -> None:
+    """Writes what is in no block."""
     run.progress.doing("embeddings")
-    for name in names:
+    ghost = run.plan.skeleton
+    for name in outside(ghost, run.plan.structure):
         dtype = DTYPES[skeleton.spec_of(ghost, name).dtype]
         run.writer.write(ghost.to_disk[name], ghost.read(name).to(dtype))
-    names = [name for name in names if not name.startswith(plan.structure.idle)]  # no text reads the others
+    run.finished.outside(run.writer)
+
+
+def _to_blocks(run: Run, rows: calibration.Rows) -> list[blocks.Batch]:
+    """Takes the calibration rows up to the first block that is not finished."""
+    plan, ghost = run.plan, run.plan.skeleton
+    idle = plan.structure.idle  # no text reads it
+    names = [name for name in outside(ghost, plan.structure) if not name.startswith(idle)]
     ghost.load(names, run.device, run.dtype)
     ghost.tie()
     for buffer in ghost.model.buffers():
         buffer.data = buffer.data.to(run.device)
-    size = plan.recipe.calibration.batch_size
-    pairs = run.ranks.share(zip(rows.ids_RL.split(size), rows.mask_RL.split(size), strict=True))
-    on_device = ((i.to(run.device), m.to(run.device)) for i, m in pairs)
-    keep = _host if _on_host(run, rows) else (lambda x: x)
+    pairs = [x.split(plan.recipe.calibration.batch_size) for x in (rows.ids_RL, rows.mask_RL)]
+    mine = run.ranks.share(zip(*pairs, strict=True))
+    width = ghost.model.config.get_text_config().hidden_size
+    size = rows.ids_RL.numel() // run.ranks.size * width * run.dtype.itemsize * (3 if plan.carries_dense else 1)
+    keep = hidden.place(size, plan.recipe.calibration.hidden, run.device, run.progress)
+    on_device = ((i.to(run.device), m.to(run.device)) for i, m in mine)
     batches = blocks.begin(ghost, plan.structure, on_device, keep)
     if plan.carries_dense:
         for batch in batches:
             batch.dense, batch.onward = keep(batch.hidden), keep(batch.hidden)
     ghost.unload(names)
+    run.finished.load(batches)
     return batches
-
-
-def _on_host(run: Run, rows: calibration.Rows) -> bool:
-    """Whether hidden states wait on the host between blocks, as the recipe says or the memory that is free decides."""
-    if run.device.type == "cpu":
-        return False
-    hidden = run.plan.skeleton.model.config.get_text_config().hidden_size
-    size = rows.ids_RL.numel() // run.ranks.size * hidden * run.dtype.itemsize * (3 if run.plan.carries_dense else 1)
-    free, _ = torch.cuda.mem_get_info(run.device)
-    wanted = run.plan.recipe.calibration.hidden
-    host = wanted == "host" or (wanted == "auto" and size > free * HIDDEN_SHARE)
-    run.progress.say(f"hidden states: {size / 2**30:.1f} GiB, on the {'host' if host else 'GPU'} between blocks")
-    return host
-
-
-def _host(x: torch.Tensor) -> torch.Tensor:
-    """A copy in page-locked memory of the host, which a GPU reads and writes without waiting."""
-    return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x)
 
 
 def _block(run: Run, block: blocks.Block, batches: list[blocks.Batch]) -> None:
@@ -259,14 +257,14 @@ def _block(run: Run, block: blocks.Block, batches: list[blocks.Batch]) -> None:
     module = ghost.model.get_submodule(block.name)
     if plan.rotation is not None:
         with profile("transform"):
-            _check_rotation(run, plan.rotation, block, batches[0])
+            folding.check_rotation(plan, plan.rotation, block, batches[0], run.device)
     peaks = kv_cache.Peaks() if plan.caches else None
     with profile("observe"):
         seen = _observe(run, block, batches, None if plan.links else peaks)
     if plan.links:
         run.progress.doing("transform")
         with profile("transform"):
-            run.folds += folding.fold(plan, block, batches[0], seen, run.progress, run.ranks)
+            run.found.folds += folding.fold(plan, block, batches[0], seen, run.progress, run.ranks)
         with profile("observe"):
             _observe_folded(run, block, batches, seen, peaks)
     if peaks is not None:
@@ -282,32 +280,6 @@ def _block(run: Run, block: blocks.Block, batches: list[blocks.Batch]) -> None:
                 batch.hidden = blocks.store(blocks.run(module, batch, block.index), batch.hidden)
                 batch.dense, batch.onward = batch.onward, batch.dense
     ghost.unload(names)
-
-
-def _check_rotation(run: Run, rotation: Rotation, block: blocks.Block, batch: blocks.Batch) -> None:
-    """Runs the original block beside the rotated one, in float32. Raises InputError when they do not agree."""
-    ghost = run.plan.skeleton
-    names = ghost.parameters(block.name + ".")
-    kept = {name: ghost.get(name) for name in names}
-    module = ghost.model.get_submodule(block.name)
-
-    def through(read: Callable[..., torch.Tensor], hidden: torch.Tensor) -> torch.Tensor:
-        for name in names:
-            tensor = read(name, run.device)
-            ghost.put(name, tensor.float() if tensor.is_floating_point() else tensor)
-        return blocks.run(module, batch, block.index, hidden=hidden)
-
-    before = rotation.original(batch.hidden.to(run.device).float())
-    error = rotation.error(
-        before, through(ghost.original, before), through(ghost.read, rotation.hidden(before)), batch.mask
-    )
-    for name, tensor in kept.items():
-        ghost.put(name, tensor)
-    if not error <= TOLERANCE:
-        raise InputError(
-            f"{block.name}: rotated, it does something else (relative error {error:.2g}, above {TOLERANCE:g}, more "
-            "than rounding explains); this architecture cannot be rotated, leave rotation out of transforms"
-        )
 
 
 def _observe(
@@ -326,27 +298,12 @@ def _observe(
     seen = observation.observe(
         plan.skeleton.model, block, batches, needs, peaks=peaks, prior=prior, ranks=run.ranks, owners=owners
     )
-    run.experts |= seen.tokens
+    run.found.experts |= seen.tokens
     for line in dict.fromkeys(seen.notes):
         run.progress.warn(line)
-    for owner, tokens in _by_owner(seen.tokens).items():
-        width = int(plan.skeleton.model.get_submodule(owner).width)
-        found = coverage(tokens, width)
-        if found["few"]:
-            run.progress.warn(
-                f"{owner}: {found['few']} of {found['experts']} experts saw fewer than {FEW} tokens an input channel "
-                f"({FEW * width}), the least {found['min']}, the median {found['median']:g}; their statistics lean on "
-                "those of all tokens: raise calibration.samples"
-            )
+    for line in experts.few(plan.skeleton.model, seen.tokens):
+        run.progress.warn(line)
     return seen
-
-
-def _by_owner(tokens: Mapping[str, int]) -> dict[str, list[int]]:
-    """Tokens of each expert, by the module that holds the experts."""
-    found: dict[str, list[int]] = {}
-    for name, count in tokens.items():
-        found.setdefault(name.rpartition(".")[0], []).append(count)
-    return found
 
 
 def _observe_folded(
@@ -438,20 +395,4 @@ def _write_kv(run: Run, block: blocks.Block, peaks: kv_cache.Peaks) -> None:
         raise InputError(f"{block.name}: {e}") from None
     for leaf, tensor in formats.with_kv_cache(plan.format).pack_kv(*scales, scheme).items():
         run.writer.write(f"{attention.name}.{leaf}", tensor)
-        run.kv_scales[leaf] += tensor.flatten().tolist()
-
-
-def _files(plan: Plan, folder: Path, weights: list[str]) -> dict[str, Any]:
-    """config.json with what was done, every other file of the source, and the format's own."""
-    config = read_json(plan.source.folder / CONFIG)
-    config["quantization_config"] = plan.config()
-    if plan.untied:
-        for part in (config, config.get("text_config")):
-            if isinstance(part, dict) and (part is config or "tie_word_embeddings" in part):
-                part["tie_word_embeddings"] = False
-    write_json(folder / CONFIG, config)
-    sources = plan.skeleton.checkpoint.where.values()
-    files = copy_files(plan.source.folder, folder, set(sources), skip=(CONFIG,))
-    for name, content in plan.files().items():
-        write_json(folder / name, content)
-    return {"weights": weights, **files}
+        run.found.kv_scales[leaf] += tensor.flatten().tolist()

@@ -20,6 +20,8 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, TextIO
 
+from quantkit.errors import Interrupted
+
 if TYPE_CHECKING:
     from rich.live import Live as RichLive
     from rich.text import Text
@@ -34,7 +36,8 @@ class Progress:
         self._clock = clock
         self._total = 0
         self._what = ""
-        self._k = 0
+        self._k = self._before = 0
+        self._stopping = False
         self._name = ""
         self._doing = ""
         self._start = self._item_start = clock()
@@ -47,6 +50,15 @@ class Progress:
         console = Console(stderr=True)
         return Live() if console.is_terminal and not console.is_dumb_terminal else Progress()
 
+    @property
+    def stopping(self) -> bool:
+        """Whether `stop` was called."""
+        return self._stopping
+
+    def stop(self) -> None:
+        """Ends the work after the item that it is at; may be called by a signal handler or another thread."""
+        self._stopping = True
+
     def say(self, line: str) -> None:
         """One line that stays on the screen."""
         self._print(line)
@@ -56,15 +68,22 @@ class Progress:
         self.warnings.append(line)
         self._print(f"warning: {line}")
 
-    def begin(self, total: int, what: str) -> None:
-        """Starts a stage of `total` items, such as (32, "block"); it ends a stage that is still open."""
+    def begin(self, total: int, what: str, *, done: int = 0) -> None:
+        """Starts a stage of `total` items, such as (32, "block"); it ends a stage that is still open.
+
+        done  how many of the items an earlier run has finished
+        """
         self.end()
-        self._total, self._what, self._k, self._name, self._doing = total, what, 0, "", ""
+        self._total, self._what, self._k, self._name, self._doing = total, what, done, "", ""
+        self._before = done
         self._start = self._clock()
         self._began()
 
     def item(self, k: int, name: str) -> None:
-        """Item `k` of the total, counted from 1, starts now."""
+        """Item `k` of the total, counted from 1, starts now. Raises Interrupted when `stop` was called."""
+        if self._stopping:
+            at = f"after {self._what} {self._k} of {self._total}" if self._k else f"before the first {self._what}"
+            raise Interrupted(f"interrupted {at}; run the same command again")
         self._k, self._name, self._doing = k, name, ""
         self._item_start = self._clock()
         self._moved()
@@ -97,8 +116,8 @@ class Progress:
         if self._doing:
             parts.append(self._doing)
         done = self._k - 1
-        if done > 0:
-            mean = (self._item_start - self._start) / done
+        if done > self._before:
+            mean = (self._item_start - self._start) / (done - self._before)
             left = mean * (self._total - done) - (self._clock() - self._item_start)
             parts.append(f"{duration(left)} left")
         return " · ".join([*parts, *peak_memory()])

@@ -6,17 +6,17 @@ solve. Afterwards each gets all codes, and decodes them by itself.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
 from quantkit import numerics
 from quantkit.blocks import Block
 from quantkit.calibration import Rows
-from quantkit.checkpoint import ShardWriter
 from quantkit.errors import InputError
 from quantkit.plan import Linear, Plan
 from quantkit.ranks import Ranks, assign
+from quantkit.shards import ShardWriter
 from quantkit.solve import Solved
 from quantkit.types import QParams, QuantizedTensor
 
@@ -51,6 +51,9 @@ class Nowhere(ShardWriter):
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
         pass
+
+    def sync(self, names: Iterable[str] | None = None) -> dict[str, int]:
+        return {}
 
     def close(self) -> list[str]:
         return []

@@ -9,21 +9,25 @@ The bytes do not depend on how many jobs run at once, nor on how many rows are t
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 
-from quantkit import numerics, skeleton, solve
-from quantkit.checkpoint import DTYPES, ShardWriter
+from quantkit import numerics, resuming, skeleton, solve
+from quantkit.checkpoint import DTYPES
 from quantkit.errors import InputError
 from quantkit.plan import Linear, Plan, outside, whole
 from quantkit.progress import Progress
+from quantkit.shards import ShardWriter
 from quantkit.types import Notes, QParams, QuantizedTensor, TensorScheme
 
+OUTSIDE = "embeddings"
 JOBS = 4  # under way at once, where there are as many cores
 ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 26}  # of a weight that are rounded at a time
 ACROSS = ("nvfp4",)  # numbers whose scales are relative to one of the whole tensor
@@ -51,39 +55,60 @@ class Part:
     jobs: tuple[Job, ...]
 
 
-def stream(plan: Plan, writer: ShardWriter, device: torch.device, progress: Progress) -> list[Report]:
-    """Writes every tensor of a plan that needs no data. Returns the layers' lines of the report, in the plan's order.
+def stream(
+    plan: Plan, writer: ShardWriter, device: torch.device, progress: Progress, finished: resuming.Finished
+) -> None:
+    """Writes every tensor of a plan that needs no data. The layers' lines of the report come in the plan's order.
 
-    device  where weights are rounded
+    device    where weights are rounded
+    finished  what is written already, and takes each block as soon as it and those before it are
     Raises InputError naming the tensor that cannot be read or rounded.
     """
-    work = parts(plan)
     cores = torch.get_num_threads()
     at_once, threads = workers()
-    reports: list[Report] = []
-    progress.begin(len(plan.structure.blocks), "block")
-    jobs = [(part, job) for part in work for job in part.jobs]
+    written = (finished.written or {}).keys()
+    progress.begin(len(plan.structure.blocks), "block", done=finished.blocks)
+    jobs = [(part, job) for part in parts(plan) if not written >= _names(plan, part) for job in part.jobs]
 
     def do(item: tuple[Part, Job]) -> list[Report]:
         return _do(plan, item[1], writer, device)
 
-    shown = None
     try:
-        for (part, _), found in in_order(jobs, do, at_once, threads=threads):
-            if part is not shown:
-                shown = part
-                if part.index is None:
-                    progress.doing(part.name)
-                else:
-                    progress.item(part.index + 1, part.name)
-            reports += found
-            for line in found:
-                for note in line["notes"]:
-                    progress.warn(f"{line['name']}: {note}")
+        # Closed at the end, whatever it is: nothing is under way when the writer's files are closed.
+        with contextlib.closing(in_order(jobs, do, at_once, threads=threads)) as results:
+            for part, found in itertools.groupby(results, lambda result: result[0][0]):
+                report, names = _told(part, found, progress), _names(plan, part)
+                if part.index is not None:
+                    finished.block(writer, report, names=names)
+                elif part.name == OUTSIDE:
+                    finished.outside(writer, names)
     finally:
         torch.set_num_threads(cores)
     progress.end()
-    return reports
+
+
+def _told(part: Part, results: Iterable[tuple[tuple[Part, Job], list[Report]]], progress: Progress) -> resuming.Report:
+    """Waits for the jobs of a part, and says what there is to say."""
+    if part.index is None:
+        progress.doing(part.name)
+    else:
+        progress.item(part.index + 1, part.name)
+    found, heard = resuming.Report(), len(progress.warnings)
+    for _, lines in results:
+        found.layers += lines
+        for line in lines:
+            for note in line["notes"]:
+                progress.warn(f"{line['name']}: {note}")
+    found.warnings = progress.warnings[heard:]
+    return found
+
+
+def _names(plan: Plan, part: Part) -> set[str]:
+    """The tensors on disk that a part writes."""
+    ghost = plan.skeleton
+    packed = {f"{x.name}.{leaf}" for job in part.jobs for x in job.layers for leaf in plan.tensors(x)}
+    copied = {ghost.to_disk[job.parameter] for job in part.jobs if job.parameter}
+    return packed | copied | {job.tensor for job in part.jobs if job.tensor}
 
 
 def workers() -> tuple[int, int]:
@@ -96,7 +121,7 @@ def workers() -> tuple[int, int]:
 def parts(plan: Plan) -> list[Part]:
     """All the work, in the order in which it is reported."""
     ghost, structure = plan.skeleton, plan.structure
-    found = [Part("embeddings", None, tuple(Job(parameter=name) for name in outside(ghost, structure)))]
+    found = [Part(OUTSIDE, None, tuple(Job(parameter=name) for name in outside(ghost, structure)))]
     for block in structure.blocks:
         layers = [[plan.linears[m] for m in group if plan.linears[m].scheme is not None] for group in block.groups]
         alike = [part for group in layers for same in solve.by_scheme(group) for part in _apart(same)]
@@ -187,7 +212,7 @@ def _rows(plan: Plan, layer: Linear, weight_NK: torch.Tensor) -> tuple[Quantized
 
 def in_order(
     items: Iterable[Item], work: Callable[[Item], Result], at_once: int, *, threads: int
-) -> Iterator[tuple[Item, Result]]:
+) -> Generator[tuple[Item, Result], None, None]:
     """Results of `work` in the order of `items`, `at_once` of them under way, each with `threads` threads of torch.
 
     The first error ends it: what has not begun is not done.

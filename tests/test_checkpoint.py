@@ -13,8 +13,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from quantkit import checkpoint
-from quantkit.checkpoint import INDEX, SINGLE, Checkpoint, ShardWriter
+from quantkit.checkpoint import INDEX, SINGLE, Checkpoint
 from quantkit.errors import InputError, MissingError
+from quantkit.shards import ShardWriter, lay_out
 from quantkit.types import TensorSpec
 
 
@@ -80,7 +81,7 @@ def test_shards_and_index_hold_everything_once(tmp_path):
 )
 def test_layout_has_no_hole_and_no_overlap(shapes, dtypes, size):
     wanted = {f"t{i}": TensorSpec(dtypes[i], tuple(shape)) for i, shape in enumerate(shapes)}
-    places, headers = checkpoint.lay_out(wanted, size)
+    places, headers = lay_out(wanted, size)
     for shard, header in headers.items():
         assert len(header) % 8 == 0
         end = len(header)

@@ -191,9 +191,17 @@ def test_quantize_passes_everything_on(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Any] = []
 
     def quantize(
-        recipe: Any, *, out: Any, device: str, overwrite: bool, profile: bool, progress: Progress, ranks: Ranks
+        recipe: Any,
+        *,
+        out: Any,
+        device: str,
+        overwrite: bool,
+        fresh: bool,
+        profile: bool,
+        progress: Progress,
+        ranks: Ranks,
     ) -> api.Result:
-        calls.append((recipe.model, recipe.calibration.samples, out, device, overwrite, profile, ranks.size))
+        calls.append((recipe.model, recipe.calibration.samples, out, device, overwrite, fresh, profile, ranks.size))
         progress.say("on stderr")
         return api.Result(Path("there"), SUMMARY, validation(passed=True))
 
@@ -208,11 +216,12 @@ def test_quantize_passes_everything_on(monkeypatch: pytest.MonkeyPatch) -> None:
         "--device",
         "cpu",
         "--overwrite",
+        "--fresh",
         "--profile",
     ]
     result = run("quantize", QUICKSTART, *options)
     assert result.exit_code == 0, result.stderr
-    assert calls == [("org/name", 7, Path("there"), "cpu", True, True, 1)]
+    assert calls == [("org/name", 7, Path("there"), "cpu", True, True, True, 1)]
     assert result.stderr == "on stderr\n"
 
 
@@ -284,7 +293,7 @@ def test_the_real_functions_take_what_the_commands_pass() -> None:
         inspect.signature(function).bind(*args, **kwargs)
 
     common = {"device": "cpu", "progress": None}
-    check(api.quantize, "recipe", out=None, overwrite=False, **common)
+    check(api.quantize, "recipe", out=None, overwrite=False, fresh=False, **common)
     check(api.validate, "out", against=None, data=None, windows=None, length=None, tasks=None, gates=None, **common)
     check(planning.make, "recipe")
     check(estimate.describe, "plan")

@@ -14,10 +14,10 @@ import tiny
 from hub_client import World, opened
 from typer.testing import CliRunner
 
-from quantkit import api, cli, job, pipeline
-from quantkit.checkpoint import ShardWriter
+from quantkit import api, cli, job, output
 from quantkit.errors import InputError, MissingError
 from quantkit.progress import Progress
+from quantkit.shards import ShardWriter
 from quantkit.types import TensorSpec
 
 REPO = "alice/base-W4A16"
@@ -38,6 +38,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def world(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[World]:
     with opened(monkeypatch, tmp_path) as world:
         yield world
+    for thread in threading.enumerate():
+        if thread.name == "quantkit-ahead":
+            thread.join(20)  # what was on its way is not waited for, but ends
     assert not any(t.name == "quantkit-ahead" for t in threading.enumerate())
 
 
@@ -142,7 +145,7 @@ def test_interrupted_in_the_work_the_branch_is_as_it_was(
     def interrupted(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pipeline, "_files", interrupted)
+    monkeypatch.setattr(output, "write_others", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(world, recipe(base, {"stream": True}), tmp_path / "out")
     assert world.hub.head(REPO) == before and not (tmp_path / "out").exists()

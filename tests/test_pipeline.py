@@ -253,9 +253,9 @@ def test_broken_config(tmp_path):
 def test_nan_in_a_weight(tmp_path):
     folder = tiny.save(tmp_path / "model")
     tensors = load_file(folder / "model.safetensors")
-    tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = float("nan")
+    tensors["model.layers.0.mlp.up_proj.weight"][3, 4] = float("nan")
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    refused(tmp_path, folder, "'model.layers.1.mlp.up_proj.weight' holds 1 NaN or Inf")
+    refused(tmp_path, folder, "'model.layers.0.mlp.up_proj.weight' holds 1 NaN or Inf")
 
 
 def test_truncated_weights(tmp_path):
@@ -355,7 +355,7 @@ def test_a_place_that_cannot_be_written(tmp_path):
         quantkit.quantize(recipe(folder), out="/proc/self/out")
 
 
-def test_ctrl_c_in_the_middle_leaves_nothing_and_the_old_output_alone(tmp_path, monkeypatch):
+def test_ctrl_c_in_the_middle_leaves_the_old_output_alone_and_the_next_run_goes_on(tmp_path, monkeypatch):
     folder = tiny.save(tmp_path / "model")
     old = quantkit.quantize(recipe(folder), out=tmp_path / "out").out
     before = {p.name: p.read_bytes() for p in old.iterdir()}
@@ -366,9 +366,12 @@ def test_ctrl_c_in_the_middle_leaves_nothing_and_the_old_output_alone(tmp_path, 
             raise KeyboardInterrupt
         block(run, one, batches)
 
-    monkeypatch.setattr(pipeline, "_block", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(pipeline, "_block", interrupted)
         quantkit.quantize(recipe(folder), out=tmp_path / "out")
+    assert {p.name: p.read_bytes() for p in old.iterdir()} == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".out.partial", "model", "out"]
+    quantkit.quantize(recipe(folder), out=tmp_path / "out")
     assert {p.name: p.read_bytes() for p in old.iterdir()} == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "out"]
 
@@ -376,14 +379,14 @@ def test_ctrl_c_in_the_middle_leaves_nothing_and_the_old_output_alone(tmp_path, 
 def test_a_killed_run_leaves_nothing_that_looks_finished_and_the_next_one_works(tmp_path):
     folder = tiny.save(tmp_path / "model")
     code = (
-        "import os, sys, quantkit; from quantkit import pipeline\n"
-        "pipeline._files = lambda *a: os.kill(os.getpid(), 9)\n"
+        "import os, sys, quantkit; from quantkit import output\n"
+        "output.write_others = lambda *a: os.kill(os.getpid(), 9)\n"
         f"quantkit.quantize({recipe(folder)!r}, out={str(tmp_path / 'out')!r})\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment())
     assert done.returncode == -9, done.stderr
     assert not (tmp_path / "out").exists() and (tmp_path / ".out.partial").is_dir()
-    assert not (tmp_path / ".out.partial" / "config.json").exists()
+    assert not (tmp_path / ".out.partial" / output.OUTPUT / "config.json").exists()
     assert quantkit.quantize(recipe(folder), out=tmp_path / "out").validation is not None
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "out"]
 
@@ -421,9 +424,13 @@ def test_fingerprint_tells_models_apart(tmp_path):
     assert prints[0] == prints[1] != prints[2]
 
 
-def test_a_real_interrupt_ends_the_command_with_130_and_leaves_nothing(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_real_interrupt_ends_the_command_with_130_and_the_same_command_goes_on(number, tmp_path):
     folder = tiny.save(tmp_path / "model", num_hidden_layers=8)
-    text = f"model: {folder}\nscheme: {{preset: W4A16, group_size: 32}}\ncalibration: {{samples: 400, length: 256}}\n"
+    text = (
+        f"model: {folder}\nscheme: {{preset: W4A16, group_size: 32}}\ncalibration: {{samples: 400, length: 256}}\n"
+        "validate: none\n"
+    )
     (tmp_path / "recipe.yaml").write_text(text)
     command = [sys.executable, "-m", "quantkit", "quantize", "recipe.yaml", "--out", "out"]
 
@@ -439,9 +446,14 @@ def test_a_real_interrupt_ends_the_command_with_130_and_leaves_nothing(tmp_path)
     for line in run.stderr:
         seen += line
         if "block 2/8" in line:
-            run.send_signal(signal.SIGINT)
+            run.send_signal(number)
             break
     _, rest = run.communicate()
     assert run.returncode == 130, seen + rest
-    assert "interrupted" in rest and "Traceback" not in rest
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "recipe.yaml"]
+    assert "ending after this step" in rest and "Traceback" not in rest
+    assert "error: interrupted after block " in rest and "run the same command again" in rest
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".out.partial", "model", "recipe.yaml"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "continuing at block " in done.stderr
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "out", "recipe.yaml"]

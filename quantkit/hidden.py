@@ -1,0 +1,166 @@
+"""Hidden states between blocks: where they wait, and the copy on disk from which an interrupted run goes on.
+
+On a GPU they stay where they are computed, or wait in page-locked memory of the host, which a GPU reads and writes
+without waiting. The copy on disk is one safetensors file a block, in the run's dtype: written under another name, made
+durable, then renamed; the file before it goes only when the journal names the new one. So two of them are on the disk
+at most, and one that the journal names is always whole.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from quantkit.blocks import Batch
+from quantkit.checkpoint import NAMES, Checkpoint
+from quantkit.errors import InputError, MissingError
+from quantkit.journal import sync
+from quantkit.progress import Progress
+from quantkit.ranks import ALONE, Parcel, Ranks
+from quantkit.shards import ShardWriter
+from quantkit.types import TensorSpec
+
+SHARE = 0.25  # of the GPU memory that is free: what hidden states may take of it
+KEPT = ("hidden", "dense")
+WHOLE = 1 << 62  # bytes a shard: all in one file
+
+
+def place(size: int, wanted: str, device: torch.device, progress: Progress) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What is done with the hidden states of a batch: left where they are, or copied to the host.
+
+    size    bytes of all of them
+    wanted  "device", "host", or "auto": by the memory that is free
+    """
+    if device.type == "cpu":
+        return _stay
+    free, _ = torch.cuda.mem_get_info(device)
+    host = wanted == "host" or (wanted == "auto" and size > free * SHARE)
+    progress.say(f"hidden states: {size / 2**30:.1f} GiB, on the {'host' if host else 'GPU'} between blocks")
+    return _host if host else _stay
+
+
+def _stay(x: torch.Tensor) -> torch.Tensor:
+    return x
+
+
+def _host(x: torch.Tensor) -> torch.Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x)
+
+
+def save(
+    folder: Path, k: int, batches: Sequence[Batch], ranks: Ranks = ALONE, device: torch.device | str = "cpu"
+) -> dict[str, int]:
+    """Makes the hidden states before block k durable, on rank 0's disk. Returns each tensor's checksum, for `load`.
+
+    batches  of this rank; they are numbered as they were dealt, so that other ranks may go on
+    device   by which ranks exchange tensors
+    Raises MissingError when the disk has no room for them.
+    """
+    fresh, final = folder / f"{k}.new", folder / str(k)
+    specs, rounds = _specs(batches, ranks), ranks.told(len(batches))
+    writer: ShardWriter | None = None
+    try:
+        if ranks.first:
+            for left in (fresh, final):  # by a run that ended before its journal spoke of them
+                shutil.rmtree(left, ignore_errors=True)
+            fresh.mkdir(parents=True)
+            writer = _writer(fresh, specs)
+        for i in range(rounds):
+            mine = [Parcel(ranks.rank + i * ranks.size, [0], _tensors(b, ranks, device)) for b in batches[i : i + 1]]
+            for number, _, tensors in ranks.deliver(mine, device):
+                assert writer is not None
+                for name, x in zip(KEPT, tensors, strict=False):
+                    writer.write(f"{name}.{number}", x)
+        if writer is None:
+            return {}
+        sums = writer.sync()
+        writer.close()
+    finally:
+        if writer is not None:
+            writer.abort()
+    sync(fresh)
+    os.rename(fresh, final)
+    sync(folder)
+    return sums
+
+
+def load(
+    folder: Path,
+    k: int,
+    sums: Mapping[str, int],
+    batches: Sequence[Batch],
+    ranks: Ranks = ALONE,
+    device: torch.device | str = "cpu",
+) -> None:
+    """Puts the hidden states before block k, as `save` left them, into batches that are at the first block.
+
+    Raises InputError when they are not there, or not what was written.
+    """
+    specs, rounds = _specs(batches, ranks), ranks.told(len(batches))
+    found = _open(folder / str(k), specs, sums) if ranks.first else Checkpoint(folder, {}, {})
+    for i in range(rounds):
+        parcels = []
+        for number in range(i * ranks.size, (i + 1) * ranks.size) if ranks.first else ():
+            names = [f"{name}.{number}" for name in KEPT if f"{name}.{number}" in specs]
+            if names:
+                to = number % ranks.size
+                tensors = [found.read(name) if ranks.alone else found.read(name).to(device) for name in names]
+                parcels.append(Parcel(number, [to], tensors))
+        for _, _, tensors in ranks.deliver(parcels, device):
+            batch = batches[i]
+            batch.hidden = _put(tensors[0], batch.hidden)
+            if batch.dense is not None:
+                batch.dense = _put(tensors[1], batch.dense)
+
+
+def _open(folder: Path, specs: Mapping[str, TensorSpec], sums: Mapping[str, int]) -> Checkpoint:
+    try:
+        found = Checkpoint.open(folder)
+        if found.specs != specs or sums.keys() != specs.keys():
+            raise InputError(f"{folder}: other tensors than these calibration rows have")
+        ShardWriter(folder, specs, WHOLE, written=sums).abort()  # compares every tensor with its checksum
+    except InputError as e:
+        raise InputError(
+            f"the hidden states from which the run would go on cannot be read ({e}); start over with --fresh"
+        ) from None
+    return found
+
+
+def _writer(folder: Path, specs: Mapping[str, TensorSpec]) -> ShardWriter:
+    try:
+        return ShardWriter(folder, specs, WHOLE)
+    except MissingError as e:
+        raise MissingError(f"hidden states: {e}") from None
+
+
+def _tensors(batch: Batch, ranks: Ranks, device: torch.device | str) -> list[torch.Tensor]:
+    """What is kept of a batch, by `KEPT`; where ranks exchange it."""
+    kept = [batch.hidden] if batch.dense is None else [batch.hidden, batch.dense]
+    return kept if ranks.alone else [x.to(device).contiguous() for x in kept]
+
+
+def _specs(batches: Sequence[Batch], ranks: Ranks) -> dict[str, TensorSpec]:
+    """Of what is kept of all ranks' batches."""
+    mine = [[(NAMES[x.dtype], list(x.shape)) for x in _tensors(batch, ALONE, "cpu")] for batch in batches]
+    found = {}
+    for rank, listed in enumerate(ranks.everyone(mine)):
+        for i, tensors in enumerate(listed):
+            for name, (dtype, shape) in zip(KEPT, tensors, strict=False):
+                found[f"{name}.{rank + i * ranks.size}"] = TensorSpec(dtype, tuple(shape))
+    return found
+
+
+def _put(x: torch.Tensor, there: torch.Tensor) -> torch.Tensor:
+    """Where the tensor waits that `x` takes the place of."""
+    return there.copy_(x) if there.device.type == "cpu" and there.is_pinned() else x.to(there.device)
+
+
+def drop(folder: Path, before: int) -> None:
+    """Removes the hidden states before all blocks below `before`."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if int(path.name.split(".")[0]) < before:
+            shutil.rmtree(path)

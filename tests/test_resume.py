@@ -1,0 +1,298 @@
+"""A run that is cut short at any moment goes on by the same command, and ends with the same bytes."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+
+import quantkit
+from quantkit import output, pipeline
+from quantkit.errors import InputError, Interrupted
+from quantkit.progress import Silent
+from quantkit.resuming import HIDDEN
+
+CHECK: dict[str, Any] = {
+    "perplexity": {"data": "builtin:pydocs-heldout", "windows": 2, "length": 32},
+    "generation": {"prompts": 0},
+    "gates": {"kl": 5.0},
+}
+BLOCKS = 3
+SMALL: dict[str, Any] = {"num_hidden_layers": BLOCKS}
+DURABLE = ("write", "pwrite", "fsync", "ftruncate", "posix_fallocate", "rename", "replace", "unlink", "rmdir")
+
+
+def recipe(model: Path, **changes: Any) -> dict[str, Any]:
+    return {
+        "model": str(model),
+        "scheme": {"preset": "W4A16", "group_size": 32},
+        "calibration": {"data": "builtin:pydocs", "samples": 4, "length": 32, "batch_size": 2},
+        "validate": "none",
+        "export": {"engines": ["transformers"]},
+        **changes,
+    }
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+class Saying(Silent):
+    """Keeps what was said."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.said: list[str] = []
+
+    def _print(self, line: str) -> None:
+        self.said.append(line)
+
+
+class Stopping(Saying):
+    """Asks for the end while item `at` of the first stage is worked on."""
+
+    def __init__(self, at: int) -> None:
+        super().__init__()
+        self.at = at
+
+    def item(self, k: int, name: str) -> None:
+        super().item(k, name)
+        if k == self.at:
+            self.stop()
+
+
+def stopped(what: dict[str, Any], out: Path, after: int) -> Path:
+    """The folder of a run that was ended after some of its blocks."""
+    with pytest.raises(Interrupted, match=f"after block {after} of {BLOCKS}"):
+        quantkit.quantize(what, out=out, device="cpu", progress=Stopping(after))
+    return out.parent / f".{out.name}.partial"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.save(tmp_path_factory.mktemp("resume") / "model", **SMALL)
+
+
+@pytest.fixture(scope="module")
+def whole(model: Path) -> dict[str, bytes]:
+    """What an uninterrupted run writes."""
+    return content(quantkit.quantize(recipe(model), out=model.parent / "whole", device="cpu").out)
+
+
+# Killed ---------------------------------------------------------------------------------------------------------------
+
+
+def counted(see: Callable[[str, Callable[[], None]], None], patch: pytest.MonkeyPatch) -> None:
+    """Calls `see(name, half)` before each call that changes the disk; `half` does a write by half."""
+    for name in DURABLE:
+        real = getattr(os, name)
+
+        def call(*args: Any, name: str = name, real: Any = real, **kwargs: Any) -> Any:
+            def half() -> None:
+                if name in ("write", "pwrite"):
+                    real(args[0], bytes(args[1])[: len(args[1]) // 2], *args[2:])
+
+            see(name, half)
+            return real(*args, **kwargs)
+
+        patch.setattr(os, name, call)
+
+
+def steps(what: dict[str, Any], out: Path) -> list[str]:
+    """The calls of a whole run that change the disk."""
+    names: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        counted(lambda name, _: names.append(name), patch)
+        quantkit.quantize(what, out=out, device="cpu")
+    return names
+
+
+def killed(what: dict[str, Any], out: Path, at: int) -> None:
+    """Runs in a process of its own, which is killed in the middle of its call number `at` that changes the disk."""
+    child = os.fork()
+    if child == 0:
+        count = 0
+
+        def see(name: str, half: Callable[[], None]) -> None:
+            nonlocal count
+            count += 1
+            if count == at:
+                half()
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        try:
+            counted(see, pytest.MonkeyPatch())
+            quantkit.quantize(what, out=out, device="cpu")
+        finally:
+            os._exit(1)  # it was to be killed
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+
+
+def protocol(names: list[str]) -> Iterator[int]:
+    """Calls of the second block from its last tensor on: everything by which it becomes finished."""
+    fallocated = [i for i, name in enumerate(names) if name == "posix_fallocate"]
+    second = fallocated[2]  # the output, the hidden states of the first block, of the second
+    while names[second - 1] != "pwrite":
+        second -= 1
+    end = fallocated[2] + names[fallocated[2] :].index("write") + 2
+    yield from range(second, end + 2)
+
+
+def test_killed_at_each_step_by_which_a_block_is_finished(model, whole, tmp_path):
+    what, out = recipe(model), tmp_path / "out"
+    names = steps(what, out)
+    places = list(protocol(names))
+    assert {"pwrite", "fsync", "rename", "write"} <= {names[i - 1] for i in places}
+    for at in places:
+        shutil.rmtree(out, ignore_errors=True)
+        killed(what, out, at)
+        assert not out.exists()
+        assert content(quantkit.quantize(what, out=out, device="cpu").out) == whole, (at, names[at - 1])
+        assert not (tmp_path / ".out.partial").exists()
+
+
+@pytest.mark.slow
+def test_killed_at_each_call_that_changes_the_disk(tmp_path):
+    folder = tiny.save(tmp_path / "model", **SMALL)
+    what, out = recipe(folder, method="autoround", transforms=["awq"]), tmp_path / "out"
+    names = steps(what, out)
+    whole = content(out)
+    for at in range(1, len(names) + 1):
+        shutil.rmtree(out)
+        killed(what, out, at)
+        assert content(quantkit.quantize(what, out=out, device="cpu").out) == whole, (at, names[at - 1])
+        assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == [], (at, names[at - 1])
+
+
+# Stopped --------------------------------------------------------------------------------------------------------------
+
+
+def test_stopped_after_a_block_it_goes_on_with_the_next(model, whole, tmp_path):
+    what, out = recipe(model), tmp_path / "out"
+    progress = Stopping(2)
+    with pytest.raises(Interrupted, match=f"after block 2 of {BLOCKS}; run the same command again") as caught:
+        quantkit.quantize(what, out=out, device="cpu", progress=progress)
+    assert caught.value.exit_code == 130
+    partial = tmp_path / ".out.partial"
+    assert f"{partial}: keeps what is finished, 2 blocks" in progress.said[-1] and "--fresh" in progress.said[-1]
+    assert sorted(p.name for p in (partial / HIDDEN).iterdir()) == ["1", "2"], "two generations at most"
+    again = Saying()
+    assert content(quantkit.quantize(what, out=out, device="cpu", progress=again).out) == whole
+    assert f"continuing at block 3 of {BLOCKS}" in again.said
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
+
+
+def test_fresh_starts_over(model, whole, tmp_path):
+    what, out = recipe(model), tmp_path / "out"
+    stopped(what, out, 1)
+    progress = Saying()
+    assert content(quantkit.quantize(what, out=out, device="cpu", fresh=True, progress=progress).out) == whole
+    assert not any(line.startswith("continuing") for line in progress.said)
+
+
+def test_nothing_is_kept_of_a_run_that_finished_nothing(model, tmp_path, monkeypatch):
+    def broken(*_: Any) -> None:
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(pipeline, "_block", broken)
+    with pytest.raises(RuntimeError, match="broken"):
+        quantkit.quantize(recipe(model), out=tmp_path / "out", device="cpu")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_validation_that_is_cut_short_is_done_again_and_nothing_else(model, tmp_path, monkeypatch):
+    what = recipe(model, validate=CHECK)
+    whole = content(quantkit.quantize(what, out=tmp_path / "whole", device="cpu").out)
+    with pytest.raises(KeyboardInterrupt), pytest.MonkeyPatch.context() as patch:
+
+        def interrupted(*_: Any, **__: Any) -> None:
+            raise KeyboardInterrupt
+
+        patch.setattr(quantkit.validation, "validate", interrupted)
+        quantkit.quantize(what, out=tmp_path / "out", device="cpu")
+    assert not (tmp_path / "out").exists()
+
+    def never(*_: Any) -> None:
+        raise AssertionError("a block was quantized again")
+
+    monkeypatch.setattr(pipeline, "_block", never)
+    assert content(quantkit.quantize(what, out=tmp_path / "out", device="cpu").out) == whole
+
+
+# Refused --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("what", ["recipe", "source", "version", "data"])
+def test_another_run_is_refused_with_the_difference(what, model, tmp_path, monkeypatch):
+    folder = tmp_path / "model"
+    shutil.copytree(model, folder)
+    (tmp_path / "text.txt").write_text("It is what it is, and says so at some length, again and again. " * 40)
+    mine = recipe(folder, calibration={"data": str(tmp_path / "text.txt"), "samples": 4, "length": 32})
+    partial = stopped(mine, tmp_path / "out", 1)
+    before = content(partial)
+    if what == "recipe":
+        mine["method"] = {"gptq": {"dampening": 0.02}}
+        says = r"recipe\.method\.gptq\.dampening is 0\.02, was 0\.01"
+    elif what == "source":
+        tiny.save(folder, seed=1, **SMALL)
+        says = r"source\.files\.model\.safetensors is .* bytes of .*, was .* bytes of"
+    elif what == "version":
+        real = quantkit.running.versions
+        monkeypatch.setattr(quantkit.running, "versions", lambda: {**real(), "torch": "1.0"})
+        says = r"versions\.torch is 1\.0, was "
+    else:
+        (tmp_path / "text.txt").write_text("It is another text. " * 200)
+        says = "the calibration data are not those with which the run began"
+    with pytest.raises(InputError, match=says) as caught:
+        quantkit.quantize(mine, out=tmp_path / "out", device="cpu")
+    assert "--fresh" in str(caught.value) and "\n" not in str(caught.value)
+    assert content(partial) == before
+    assert quantkit.quantize(mine, out=tmp_path / "out", device="cpu", fresh=True).out.is_dir()
+
+
+def test_a_source_that_changes_under_the_run(model, tmp_path, monkeypatch):
+    folder = tmp_path / "model"
+    shutil.copytree(model, folder)
+    whole = content(quantkit.quantize(recipe(folder), out=tmp_path / "whole", device="cpu").out)
+    file, block = folder / "model.safetensors", pipeline._block
+    stat = file.stat()
+
+    def meanwhile(run: Any, one: Any, batches: Any) -> None:
+        if one.index == 1:
+            os.utime(file)
+        block(run, one, batches)
+
+    with monkeypatch.context() as patch, pytest.raises(InputError, match="has changed since it was opened"):
+        patch.setattr(pipeline, "_block", meanwhile)
+        quantkit.quantize(recipe(folder), out=tmp_path / "out", device="cpu")
+    with pytest.raises(InputError, match=r"source\.files\.model\.safetensors"):
+        quantkit.quantize(recipe(folder), out=tmp_path / "out", device="cpu")
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    progress = Saying()
+    assert (
+        content(quantkit.quantize(recipe(folder), out=tmp_path / "out", device="cpu", progress=progress).out) == whole
+    )
+    assert f"continuing at block 2 of {BLOCKS}" in progress.said
+
+
+def test_a_second_run_into_one_folder_is_refused_and_does_no_harm(model, whole, tmp_path):
+    what, out = recipe(model), tmp_path / "out"
+    partial = stopped(what, out, 1)
+    before = content(partial)
+    with pytest.raises(ZeroDivisionError), output.working(out):
+        for fresh in (False, True):
+            with pytest.raises(InputError, match="another run is writing this output"):
+                quantkit.quantize(what, out=out, device="cpu", fresh=fresh)
+        with pytest.raises(InputError, match="another run is writing"), output.staged(out):
+            pass
+        raise ZeroDivisionError
+    with pytest.raises(InputError, match="holds an unfinished run"), output.staged(out):
+        pass  # a conversion does not take its place
+    assert content(partial) == before
+    assert content(quantkit.quantize(what, out=out, device="cpu").out) == whole
