@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -185,5 +186,7 @@ def test_reading_is_lazy(tmp_path, monkeypatch):
     reader = Checkpoint.open(tmp_path)
     with safe_open(tmp_path / SINGLE, "pt") as f:
         assert set(f.keys()) == set(reader.specs)
+    stat = (tmp_path / SINGLE).stat()
     save_file({"a": torch.full((4,), 2.0), "b": torch.ones(4)}, tmp_path / SINGLE)
+    os.utime(tmp_path / SINGLE, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # one that changed is refused
     assert reader.read("a").tolist() == [2.0] * 4
