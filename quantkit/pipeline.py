@@ -253,7 +253,7 @@ def _block(run: Run, block: blocks.Block, batches: list[blocks.Batch]) -> None:
     plan, ghost, profile = run.plan, run.plan.skeleton, run.profile
     names = ghost.parameters(block.name + ".")
     with profile("read"):
-        ghost.load(names, run.device, run.dtype)
+        shares.load(ghost, names, run.device, run.dtype, run.ranks)
     module = ghost.model.get_submodule(block.name)
     if plan.rotation is not None:
         with profile("transform"):

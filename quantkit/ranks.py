@@ -209,9 +209,12 @@ class Parcel:
     tensors: Sequence[torch.Tensor]
 
 
-def assign(costs: Sequence[float], size: int) -> list[int]:
-    """The rank of each piece of work: the longest first, each to the rank that has least so far."""
-    load = [0.0] * size
+def assign(costs: Sequence[float], size: int, busy: float = 0.0) -> list[int]:
+    """The rank of each piece of work: the longest first, each to the rank that has least so far.
+
+    busy  what rank 0 has to do besides
+    """
+    load = [busy, *[0.0] * (size - 1)]
     owner = [0] * len(costs)
     for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
         owner[i] = load.index(min(load))

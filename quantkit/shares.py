@@ -17,12 +17,14 @@ from quantkit.errors import InputError
 from quantkit.plan import Linear, Plan
 from quantkit.ranks import Ranks, assign
 from quantkit.shards import ShardWriter
+from quantkit.skeleton import Skeleton
 from quantkit.solve import Solved
 from quantkit.types import QParams, QuantizedTensor
 
 # What a column costs whatever the number of rows, in rows: measured, as kernels/RESULTS.md has it (4096 rows of 4096
 # columns take 20 ms, 28672 take 54).
 COLUMN = 1 << 25
+WRITING = 2300.0  # for a weight: what packing and writing it, which rank 0 does, takes of the same
 
 
 def rows(found: Rows | None, plan: Plan, ranks: Ranks) -> Rows | None:
@@ -64,11 +66,24 @@ class Nowhere(ShardWriter):
 
 def owners(block: Block, plan: Plan, size: int) -> dict[str, int]:
     """The rank of each group of linears that read one input, by its first: for its statistics, and to solve it."""
-    costs = [
-        cost(sum(plan.linears[m].shape[0] for m in group if plan.linears[m].scheme), plan.linears[group[0]].shape[1])
+    shapes = [
+        (sum(plan.linears[m].shape[0] for m in group if plan.linears[m].scheme), plan.linears[group[0]].shape[1])
         for group in block.groups
     ]
-    return {group[0]: rank for group, rank in zip(block.groups, assign(costs, size), strict=True)}
+    ranks = assign([cost(*shape) for shape in shapes], size, WRITING * sum(n * k for n, k in shapes))
+    return {group[0]: rank for group, rank in zip(block.groups, ranks, strict=True)}
+
+
+def load(ghost: Skeleton, names: Sequence[str], device: torch.device, dtype: torch.dtype, ranks: Ranks) -> None:
+    """As `Skeleton.load`: each rank reads some of the matrices, and gives them to the others."""
+    large = [] if ranks.alone else [name for name in names if ghost.get(name).ndim > 1]
+    ghost.load([name for name in names if name not in large], device, dtype)
+    readers = assign([float(ghost.get(name).numel()) for name in large], ranks.size)
+    mine = [name for name, rank in zip(large, readers, strict=True) if rank == ranks.rank]
+    ghost.load(mine, device, dtype)
+    everything = ranks.spread({i: [ghost.get(name)] for i, name in enumerate(large) if name in mine}, device)
+    for name, (tensor,) in zip(large, everything, strict=True):
+        ghost.put(name, tensor)
 
 
 def cost(n: int, k: int) -> float:

@@ -265,6 +265,7 @@ def test_alone_every_exchange_is_nothing() -> None:
 def test_work_goes_to_the_rank_that_has_least() -> None:
     assert ranks.assign([5, 3, 3, 1], 2) == [0, 1, 1, 0]
     assert ranks.assign([1, 1], 4) == [0, 1] and ranks.assign([], 2) == []
+    assert ranks.assign([5, 3, 2], 2, busy=4) == [1, 0, 1]
 
 
 def test_strips_of_a_large_gram_matrix_even_the_work_out(monkeypatch: pytest.MonkeyPatch) -> None:
