@@ -136,7 +136,7 @@ import os, signal, sys
 from quantkit import pipeline
 block = pipeline._block
 def faulty(run, one, batches):
-    if one.index == 1 and run.ranks.rank == int(os.environ["FAULTY"]):
+    if one.index == int(os.environ["BLOCK"]) and run.ranks.rank == int(os.environ["FAULTY"]):
         {fault}
     block(run, one, batches)
 pipeline._block = faulty
@@ -146,16 +146,20 @@ main()
 KILLED = "os.kill(os.getpid(), signal.SIGKILL)"
 
 
-def ended(tmp_path: Path, fault: str, faulty: int = 1, count: int = 2) -> tuple[str, str]:
-    """What a run of which one rank fails says, and its summary of who ended how."""
-    folder = tiny.save(tmp_path / "model")
-    (tmp_path / "recipe.json").write_text(json.dumps(recipe(folder)))
+def ended(
+    tmp_path: Path, fault: str, faulty: int = 1, count: int = 2, block: int = 1, out: str = "out", **model: int
+) -> tuple[str, str]:
+    """What a run says of which one rank fails at a block, and the launcher's summary of who ended how."""
+    if not (tmp_path / "model").exists():
+        tiny.save(tmp_path / "model", **model)
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe(tmp_path / "model")))
     (tmp_path / "faulty.py").write_text(FAULTY.format(fault=fault))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FAULTY", str(faulty))
-        done = torchrun(count, "faulty.py", "quantize", "recipe.json", "--out", "out", "--device=cpu", cwd=tmp_path)
+        patch.setenv("BLOCK", str(block))
+        done = torchrun(count, "faulty.py", "quantize", "recipe.json", f"--out={out}", "--device=cpu", cwd=tmp_path)
     assert done.returncode != 0
-    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / out).exists()
     said, _, summary = done.stderr.partition("Root Cause")
     assert "Traceback" not in said.partition("ChildFailedError")[0].replace(
         "Traceback (most recent call last):\n", "", 1
@@ -182,6 +186,23 @@ def test_a_rank_that_fails_says_why_and_the_others_end_with_its_code(tmp_path: P
     said, summary = ended(tmp_path, "raise OSError(28, 'No space left on device')", faulty=0, count=4)
     assert errors(said) == ["error: no room left on the disk; free some, or choose another place with --out"]
     assert "exitcode  : 4" in summary and "rank      : 0" in summary
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_another_number_of_ranks(tmp_path: Path) -> None:
+    """Three ranks are cut short, two go on and are cut short too, one ends it; the bytes are those of one alone."""
+    ended(tmp_path, KILLED, count=3, num_hidden_layers=4)
+    assert json.loads((tmp_path / ".out.partial" / "journal").read_text().splitlines()[-1][9:])["index"] == 0
+    said, _ = ended(tmp_path, KILLED, faulty=0, block=2, num_hidden_layers=4)
+    assert "continuing at block 2 of 4" in said
+    command = [sys.executable, "-m", "quantkit", "quantize", "recipe.json", "--out", "out", "--device=cpu"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "continuing at block 3 of 4" in done.stderr, done.stderr[-2000:]
+    ended(tmp_path, KILLED, faulty=0, block=1, out="again", num_hidden_layers=4)
+    done = torchrun(4, "-m", "quantkit", "quantize", "recipe.json", "--out=again", "--device=cpu", cwd=tmp_path)
+    assert done.returncode == 0 and "continuing at block 2 of 4" in done.stderr, done.stderr[-2000:]
+    quantkit.quantize(tmp_path / "recipe.json", out=tmp_path / "one", device="cpu")
+    assert content(tmp_path / "out") == content(tmp_path / "again") == content(tmp_path / "one")
 
 
 @pytest.mark.slow
