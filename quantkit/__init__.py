@@ -16,6 +16,7 @@ __version__ = "0.1.0"
 _LAZY = {
     "quantize": "quantkit.api",
     "validate": "quantkit.api",
+    "reproduce": "quantkit.reproducing",
     "load": "quantkit.api",
     "push": "quantkit.hub_push",
     "run": "quantkit.job",
@@ -24,7 +25,7 @@ _LAZY = {
     "Recipe": "quantkit.recipe",
 }
 
-__all__ = ["KVCache", "Recipe", "generate", "load", "push", "quantize", "run", "validate"]
+__all__ = ["KVCache", "Recipe", "generate", "load", "push", "quantize", "reproduce", "run", "validate"]
 
 
 def __getattr__(name: str) -> Any:

@@ -6,6 +6,7 @@ model = quantkit.load(result.out)
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,19 @@ from typing import Any, Literal
 import torch
 from pydantic import ValidationError
 
-from quantkit import allocation, calibration, estimate, hub, output, repair, resuming, running, validation
+from quantkit import (
+    allocation,
+    calibration,
+    estimate,
+    hub,
+    output,
+    pinning,
+    repair,
+    resuming,
+    room,
+    running,
+    validation,
+)
 from quantkit import plan as planning
 from quantkit.errors import GateError, InputError, MissingError
 from quantkit.loading import load
@@ -64,6 +77,7 @@ def quantize(
     profile: bool = False,
     calibration_data: Iterable[Any] | None = None,
     shards: Shards | None = None,
+    delete_shards: bool = False,
     progress: Progress | None = None,
     ranks: Ranks = ALONE,
 ) -> Result:
@@ -82,6 +96,10 @@ def quantize(
     shards     is told of each file of weights when it is whole
     ranks      the processes that do it together, `with quantkit.joining.joined() as ranks:`; all of them call this.
                Rank 0 alone reads calibration_data, writes, validates, and has a validation in its result
+    delete_shards     of a model on the Hub: each file of weights that was fetched is deleted when the work has gone on
+                      to the next, and validation fetches them again, one after the other
+
+    The exact commits of model and data sets on the Hub are settled first, and stand in the recipe beside the weights.
 
     Where an earlier run of the same recipe, source, versions and device was cut short, it goes on after the last block
     that was finished, and gives the same bytes. `progress.stop()` ends it after the block it is at.
@@ -102,23 +120,28 @@ def quantize(
     if calibration_data is not None and again:
         calibration_data = list(calibration_data)  # read more than once
     where = pick_device(device)
-    source = hub.resolve(settled.model)
-    ranks.agree("model", {"fingerprint": source.fingerprint()})
+    if delete_shards and not ranks.alone:
+        raise InputError("--delete-shards: several processes read the same shards; leave it out, or use one process")
+    source = hub.resolve(settled.model, delete_shards=delete_shards, progress=progress)
+    ranks.agree("model", {"fingerprint": source.fingerprint(), "commit": source.revision})
     folder = Path(out).expanduser() if out is not None else Path(default_name(source, settled))
     if not ranks.first:
         return Result(folder, running.assist(folder, where, ranks), None)
+    settled = pinning.pinned(settled, source)
     timed = Profile(where, on=profile)
     output.check(folder, source.folder, None, overwrite=True)  # what is never replaced, before anything is made
     with (
+        contextlib.closing(source),
         output.working(folder) as place,
         resuming.journaled(place, running.identity(settled, source, where), fresh=fresh, progress=progress) as (
             staging,
             log,
         ),
     ):
-        settled, chosen = running.choose(settled, log, where, progress, calibration_data)
-        plan = planning.make(settled)
+        settled, chosen = running.choose(settled, log, where, progress, calibration_data, source)
+        plan = planning.make(settled, source=source)
         output.check(folder, plan.source.folder, settled.to_yaml(), overwrite=overwrite)
+        room.check(plan, folder)
         progress.say(
             f"{plan.source.model}: {len(plan.quantized)} linear layers to quantize, {len(plan.dense)} left dense"
         )
@@ -147,6 +170,7 @@ def validate(
     gates: Mapping[str, Any] | None = None,
     side_by_side: bool | Literal["auto"] | None = None,
     device: str = "auto",
+    delete_shards: bool = False,
     progress: Progress | None = None,
 ) -> Validation:
     """Measures a quantized folder against its original, and marks the folder with the outcome when it is ours.
@@ -155,6 +179,7 @@ def validate(
     tasks  of lm-eval, by name, or as a recipe has them: {"names": [...], "limit": 100}
     gates  as a recipe has them, in the place of the recipe's: {"kl": 0.05, "top1_agreement": {"limit": 0.9, ...}}
     side_by_side  False: original and folder one after the other; "auto": where they do not fit together
+    delete_shards  of an original on the Hub: each fetched file of weights is deleted when it is in memory
     Raises InputError when the folder or its original is missing or cannot be loaded, GateError when the folder's model
     computes NaN or Inf.
     """
@@ -168,7 +193,9 @@ def validate(
         raise InputError(f"{folder}: holds no {output.RECIPE}, so name the original model with --against")
     settings = (recipe.validation if recipe is not None else None) or Settings()
     settings = _changed(settings, data, windows, length, tasks, side_by_side)
-    source = hub.resolve(str(against) if against is not None else recipe.model if recipe else "")
+    original = str(against) if against is not None else recipe.model if recipe else ""
+    source = hub.resolve(original, delete_shards=delete_shards, progress=progress)
+    settings = settings.model_copy(update={"perplexity": pinning.texts(settings.perplexity)})
     expected = (summary.get("source") or {}).get("fingerprint")
     if expected is not None and source.fingerprint() != expected:
         raise InputError(
@@ -193,6 +220,7 @@ def validate(
         outcome = {"status": FAILED, "message": str(e)}
         raise
     finally:
+        source.close()
         if ours and outcome:
             output.write_json(folder / output.SUMMARY, {**summary, "status": outcome["status"], "validation": outcome})
     return result

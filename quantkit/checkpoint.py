@@ -1,13 +1,15 @@
 """Safetensors on disk, read lazily: a tensor is a name, a shape and a shard until `read` is called.
 
-Opening reads headers only. Their writer is in shards.py.
+Opening reads headers only. A shard of a Hub model need not be on this machine before `read`. Their writer is in
+shards.py.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from quantkit.errors import InputError
+from quantkit.hub_shards import HubShards
 from quantkit.types import TensorSpec
 
 INDEX = "model.safetensors.index.json"
@@ -83,8 +86,9 @@ class Shard:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The weights of a model folder, unread. `where` maps a tensor's name to its shard.
+    """The weights of a model, unread. `where` maps a tensor's name to its shard.
 
+    hub       fetches the shards of a Hub model as they are read; None for a folder
     shards    what is known of the files that were looked into: filled as it goes
     unlisted  tensors of the shards that the index does not name, or names in another shard: no reader reads them
     """
@@ -92,17 +96,24 @@ class Checkpoint:
     folder: Path
     specs: dict[str, TensorSpec]
     where: dict[str, Path]
+    hub: HubShards | None = None
     shards: dict[Path, Shard] = field(default_factory=dict)
     unlisted: list[str] = field(default_factory=list)
 
     @classmethod
-    def open(cls, folder: Path) -> Checkpoint:
+    def open(cls, folder: Path, hub: HubShards | None = None) -> Checkpoint:
         """Reads the headers of all shards. Raises InputError for what is missing, truncated or not safetensors."""
-        files, index = _shards(folder)
-        found = cls(folder, {}, {})
+        names = {path.name for path in folder.glob("*.safetensors")} if hub is None else set(hub.names)
+        files, index = _shards(folder, names)
+        found = cls(folder, {}, {}, hub)
+        away = [] if hub is None else [file.name for file in files if hub.files.here(file.name) is None]
+        headers = {} if hub is None else hub.headers(away)
         for file in files:
-            found.shards[file] = Shard.of(file)
-            for name, spec in _header(file).items():
+            if file.name in away:
+                specs = _parsed(file, headers[file.name], hub.size(file.name) if hub else 0)
+            else:
+                found.shards[file], specs = Shard.of(file), _header(file)
+            for name, spec in specs.items():
                 if index is None or index.get(name) == file.name:
                     found.specs[name], found.where[name] = spec, file
                 elif name not in index:
@@ -123,15 +134,25 @@ class Checkpoint:
         entry  reads one entry of its first dimension alone
 
         Read into memory of its own, not mapped: what is read counts once, and is free again when the tensor is.
+        A shard that is not on this machine is fetched, with the errors of `HubFiles.fetch`.
         """
-        spec, file = self.specs[name], self.where[name]
+        file = self.where[name]
+        with self.hub.reading(file.name) if self.hub is not None else nullcontext():
+            return self._read(name, file, entry)
+
+    def _read(self, name: str, file: Path, entry: int | None) -> torch.Tensor:
+        spec = self.specs[name]
         known = self.shards.get(file) or self.shards.setdefault(file, Shard.of(file))
         tensor = torch.empty(spec.shape if entry is None else spec.shape[1:], dtype=DTYPES[spec.dtype])
         left = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
         try:
             with open(file, "rb", buffering=0) as shard:
-                if _stamp(os.fstat(shard.fileno())) != known.stamp:
-                    raise InputError(f"{file}: has changed since it was opened; start again when it changes no more")
+                if (stamp := _stamp(os.fstat(shard.fileno()))) != known.stamp:
+                    if self.hub is None or stamp[0] != known.stamp[0]:
+                        raise InputError(
+                            f"{file}: has changed since it was opened; start again when it changes no more"
+                        )
+                    known = self.shards[file] = Shard.of(file)  # fetched again, and compared with the Hub's hash
                 offset = known.begins[name] + (entry or 0) * len(left)
                 while left:
                     count = os.preadv(shard.fileno(), [left], offset)
@@ -141,6 +162,40 @@ class Checkpoint:
         except OSError as e:
             raise InputError(f"{file}: cannot be read ({e.strerror}); see that the disk is well") from None
         return tensor
+
+    def read_small(self, name: str) -> torch.Tensor:
+        """`read` of a tensor of few values, for which no shard is fetched: it alone travels."""
+        file = self.where[name]
+        if self.hub is None or self.hub.files.here(file.name) is not None:
+            return self.read(name)
+        header = self.hub.headers([file.name])[file.name]
+        begin, end = json.loads(header[8:])[name]["data_offsets"]
+        content = self.hub.files.part(file.name, len(header) + begin, len(header) + end)
+        spec = self.specs[name]
+        return torch.frombuffer(bytearray(content), dtype=DTYPES[spec.dtype]).reshape(spec.shape)
+
+    def expect(self, steps: Sequence[Iterable[str]], at: int) -> None:
+        """Says that the tensors of step `at` are read now, and those of the later steps after it: a Hub model's shards
+        are fetched ahead, and deleted afterwards where that was asked for.
+        """
+        if self.hub is not None:
+            now, *later = self.in_shards(steps[at:])
+            self.hub.step(now, (name for step in later for name in step))
+
+    def in_shards(self, steps: Sequence[Iterable[str]]) -> list[list[str]]:
+        """The shards that hold the tensors of each step."""
+        return [list(dict.fromkeys(self.where[name].name for name in step)) for step in steps]
+
+    def headers(self) -> Iterator[tuple[str, int, bytes]]:
+        """Name, size in bytes and header of each shard, by name."""
+        for file in sorted(set(self.where.values())):
+            if self.hub is not None:
+                yield file.name, self.hub.size(file.name), self.hub.headers([file.name])[file.name]
+                continue
+            with file.open("rb") as f:
+                first = f.read(8)
+                header = first + f.read(min(int.from_bytes(first, "little"), 1 << 27))
+                yield file.name, file.stat().st_size, header
 
     def read_finite(self, name: str, device: torch.device | str = "cpu", entry: int | None = None) -> torch.Tensor:
         """`read`, refusing NaN and Inf in a floating-point tensor; looked for on `device`, where it is returned."""
@@ -183,13 +238,34 @@ def _header(file: Path) -> dict[str, TensorSpec]:
         for name in shard.keys():  # noqa: SIM118 (not a dict)
             part = shard.get_slice(name)
             specs[name] = TensorSpec(str(part.get_dtype()), tuple(part.get_shape()))
-            if specs[name].dtype not in DTYPES:
-                raise InputError(f"{file}: tensor {name!r} has dtype {specs[name].dtype}, which quantkit does not know")
+    return _known(file, specs)
+
+
+def _known(file: Path, specs: dict[str, TensorSpec]) -> dict[str, TensorSpec]:
+    for name, spec in specs.items():
+        if spec.dtype not in DTYPES:
+            raise InputError(f"{file}: tensor {name!r} has dtype {spec.dtype}, which quantkit does not know")
     return specs
 
 
-def _shards(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
-    """The shard files of a folder, and the index's weight map when there is one."""
+def _parsed(file: Path, raw: bytes, size: int) -> dict[str, TensorSpec]:
+    """The tensors of a shard of `size` bytes that is not on this machine, by its header."""
+    try:
+        entries = {name: x for name, x in json.loads(raw[8:]).items() if name != "__metadata__"}
+        specs = {name: TensorSpec(str(x["dtype"]), tuple(map(int, x["shape"]))) for name, x in entries.items()}
+        end = len(raw) + max((int(x["data_offsets"][1]) for x in entries.values()), default=0)
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as e:
+        raise InputError(f"{file}: its header on the Hub is not one of safetensors ({type(e).__name__}: {e})") from None
+    if end != size:
+        raise InputError(
+            f"{file}: is {end:,} bytes by its header, and {size:,} on the Hub; it was not uploaded whole, use another "
+            "revision"
+        )
+    return _known(file, specs)
+
+
+def _shards(folder: Path, there: Collection[str]) -> tuple[list[Path], dict[str, str] | None]:
+    """The shard files of a model, and the index's weight map when there is one. there: safetensors files that exist."""
     index_file = folder / INDEX
     if index_file.is_file():
         try:
@@ -200,11 +276,10 @@ def _shards(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
         for shard in shards:
             if not isinstance(shard, str) or Path(shard).name != shard:
                 raise InputError(f"{index_file}: names the shard {shard!r}, which is not a file of this folder")
-            if not (folder / shard).is_file():
+            if shard not in there:
                 raise InputError(f"{folder}: shard {shard} is missing, though {INDEX} names it; download it again")
         return [folder / s for s in shards], weight_map
-    single = folder / SINGLE
-    found = [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
+    found = [folder / SINGLE] if SINGLE in there else [folder / name for name in sorted(there)]
     if len(found) == 1:
         return found, None
     if found:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 import typer
 
 from quantkit import __version__, cli_hub, cli_running
-from quantkit.cli_running import Device, DeviceOption
+from quantkit.cli_running import DeleteShards, Device, DeviceOption
 from quantkit.errors import GateError, InputError, MissingError, QuantkitError
 from quantkit.joining import is_launched, joined, leave
 
@@ -146,6 +146,7 @@ def quantize(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an output of an earlier run.")] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start over, where an unfinished run could go on.")] = False,
     profile: Annotated[bool, typer.Option("--profile", help="Say at the end where the time went.")] = False,
+    delete_shards: DeleteShards = False,
 ) -> None:
     """Quantize a model by a recipe, write it, reload it from disk and validate it.
 
@@ -174,6 +175,7 @@ def quantize(
                 overwrite=overwrite,
                 fresh=fresh,
                 profile=profile,
+                delete_shards=delete_shards,
                 progress=progress,
                 ranks=group,
             )
@@ -198,6 +200,7 @@ def validate(
         list[str] | None, typer.Option("--gate", metavar="NAME=VALUE", help="A limit: kl=0.05. Replaces the recipe's.")
     ] = None,
     device: DeviceOption = Device.auto,
+    delete_shards: DeleteShards = False,
 ) -> None:
     """Measure a quantized checkpoint against its original, and check its gates."""
     gates = _gates(gate) if gate else None
@@ -215,6 +218,7 @@ def validate(
             tasks=None if tasks is None else {"names": tasks.split(","), "limit": limit},
             gates=gates,
             device=device.value,
+            delete_shards=delete_shards,
             progress=progress,
         )
     report.print_result({"validation": validation.to_dict()}, str(folder))

@@ -1,4 +1,4 @@
-"""The commands that write to the Hub: push, run. cli.py adds them to the others."""
+"""The commands that speak with the Hub: push, run, reproduce. cli.py adds them to the others."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from quantkit.cli_running import Device, DeviceOption, ending_gently
+from quantkit.cli_running import DeleteShards, Device, DeviceOption, ending_gently
 from quantkit.errors import GateError
 from quantkit.joining import joined
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 def add(app: typer.Typer, guarded: Callable[[Any], Any]) -> None:
     """Adds the commands. guarded: turns what a command raises into a sentence and an exit code."""
-    for command in (run, push):
+    for command in (run, push, reproduce):
         app.command()(guarded(command))
 
 
@@ -35,6 +35,7 @@ def run(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an output of an earlier run.")] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start over, where an unfinished run could go on.")] = False,
     profile: Annotated[bool, typer.Option("--profile", help="Say at the end where the time went.")] = False,
+    delete_shards: DeleteShards = False,
 ) -> None:
     """Quantize, validate and push in one go, as the recipe says; a gate that fails pushes nothing."""
     from quantkit.recipe import Recipe
@@ -58,6 +59,7 @@ def run(
                 overwrite=overwrite,
                 fresh=fresh,
                 profile=profile,
+                delete_shards=delete_shards,
                 progress=progress,
                 ranks=group,
             )
@@ -117,3 +119,30 @@ def _section(done: Pushed) -> dict[str, Any]:
     if done.pull_request is not None:
         facts.append(("pull request", done.pull_request))
     return {"title": done.url, "facts": facts}
+
+
+def reproduce(
+    place: Annotated[
+        str,
+        typer.Argument(metavar="REPO_OR_DIR", help="An output: a Hub id, id@revision, a folder.", show_default=False),
+    ],
+    out: Annotated[Path | None, typer.Option("--out", help="Keep the copy here; else it is removed.")] = None,
+    device: DeviceOption = Device.auto,
+    delete_shards: DeleteShards = False,
+) -> None:
+    """Make an output again from its own recipe and pinned sources, and tell whether the bytes are the same."""
+    from transformers.utils import logging
+
+    from quantkit import report, reproducing
+    from quantkit.progress import Progress
+
+    logging.disable_progress_bar()
+    with Progress.for_terminal() as progress:
+        found = reproducing.reproduce(
+            place, out=out, device=device.value, delete_shards=delete_shards, progress=progress
+        )
+    rows = [[name, what] for name, what in found.files.items()]
+    facts = [("differs", line) for line in found.surroundings] or [("versions, hardware, data", "the same")]
+    report.print_section({"title": place, "facts": facts, "table": {"columns": ["file", "bytes"], "rows": rows}})
+    if not found.same:
+        raise GateError(found.message)

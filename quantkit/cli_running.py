@@ -30,6 +30,10 @@ class Device(str, Enum):
 
 
 DeviceOption = Annotated[Device, typer.Option("--device", help="Where the arithmetic runs.")]
+DeleteShards = Annotated[
+    bool,
+    typer.Option("--delete-shards", help="Delete each file of weights fetched from the Hub when it has been used."),
+]
 
 
 def add(app: typer.Typer, guarded: Callable[[Any], Any]) -> None:

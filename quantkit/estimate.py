@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from quantkit import inventory, lint, rehearsal, skeleton, solve, streaming
+from quantkit import inventory, lint, rehearsal, room, skeleton, solve, streaming
 from quantkit.checkpoint import DTYPES, nbytes
 from quantkit.plan import Linear, Plan, described, outside, short
 from quantkit.progress import duration
@@ -163,9 +163,9 @@ def changes(plan: Plan, device: torch.device, folder: Path) -> list[str]:
     limits = [("host", here.host, free)] if available() else []
     if device.type == "cuda":
         limits.append(("GPU", here.gpu, torch.cuda.mem_get_info(device)[0]))
-    for name, wanted, room in limits:
-        if wanted > room * SPARE:
-            found.append(f"{name} memory: {wanted:,} bytes of {room:,} that are free; {_fitting(plan, device)}")
+    for name, wanted, most in limits:
+        if wanted > most * SPARE:
+            found.append(f"{name} memory: {wanted:,} bytes of {most:,} that are free; {_fitting(plan, device)}")
     return found
 
 
@@ -223,6 +223,7 @@ def describe(
         ("tensors", str(inventory.of(plan))),
         ("output", f"{output:,} bytes of tensors, {output / source:.1%} of the source"),
         ("disk", f"{output:,} bytes, reserved before the work starts; {shutil.disk_usage(folder).free:,} are free"),
+        *room.said(plan),
         ("device", str(device)),
         ("memory", _said(peaks)),
         *((f"  {name}", f"{size:,} bytes") for name, size in peaks.parts.items()),

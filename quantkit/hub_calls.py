@@ -28,6 +28,13 @@ ADVICE = {
     412: "somebody else has committed to the branch meanwhile; look at it, then push again",
     429: f"the Hub asks for fewer calls; {_AGAIN}",
 }
+_KEPT = "run the same command again later: files that came whole are kept"
+READING = {
+    401: "log in: hf auth login, or set HF_TOKEN",
+    403: "accept the terms on its page, and log in with a token that may read it: hf auth login",
+    404: "check the name, and that the token may see it",
+    429: f"the Hub asks for fewer calls; {_KEPT}",
+}
 
 
 @dataclass(frozen=True)
@@ -41,11 +48,12 @@ class Failure:
 
 
 class Calls:
-    """Runs calls of the Hub: `calls("read the branch", api.model_info, repo)`."""
+    """Runs calls of the Hub: `calls("read the branch", api.model_info, repo)`. reading: nothing is sent there."""
 
-    def __init__(self, token: str, progress: Progress) -> None:
+    def __init__(self, token: str | None, progress: Progress, *, reading: bool = False) -> None:
         self._token = token
         self._progress = progress
+        self._advice, self._again = (READING, _KEPT) if reading else (ADVICE, _AGAIN)
 
     def __call__(
         self,
@@ -83,16 +91,16 @@ class Calls:
         raise self.error(what, failure)
 
     def error(self, what: str, failure: Failure) -> QuantkitError:
-        advice = ADVICE.get(failure.status or 0) or _AGAIN
+        advice = self._advice.get(failure.status or 0) or self._again
         kind = MissingError if failure.transient else InputError
         return kind(self.clean(f"could not {what}: {failure.said}; {advice}"))
 
     def clean(self, text: str) -> str:
         """The text without the token, whatever put it there."""
-        return text.replace(self._token, "***")
+        return text.replace(self._token, "***") if self._token else text
 
     def holds_token(self, content: bytes) -> bool:
-        return self._token.encode() in content
+        return bool(self._token) and str(self._token).encode() in content
 
 
 def understood(error: BaseException) -> Failure | None:

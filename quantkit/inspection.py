@@ -21,7 +21,7 @@ def inspect(path: str) -> dict[str, Any]:
     """
     source = hub.resolve(path)
     config = hub.read_json(source.folder / "config.json")
-    checkpoint = Checkpoint.open(source.folder)
+    checkpoint = source.checkpoint()
     facts: list[tuple[str, str]] = [
         ("model", ", ".join(config.get("architectures") or [str(config.get("model_type", "?"))])),
         (

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from quantkit.checkpoint import Checkpoint, is_other_weights, other_files
+from quantkit.checkpoint import Checkpoint, is_other_weights
 from quantkit.errors import InputError
 from quantkit.plan import Plan, whole
 
@@ -95,7 +95,7 @@ def account(plan: Plan, folder: Path, files: Mapping[str, Any]) -> Inventory:
             raise InputError(f"{folder}: tensor {name!r} was to be {kind}, and is {written.specs.get(name)}")
     said = {*files["copied"], *(x["name"] for x in files["dropped"]), "config.json"}
     shards = {*source.where.values()}
-    for relative in other_files(plan.source.folder):
+    for relative in plan.source.files():
         at_hand = plan.source.folder / relative in shards and is_other_weights(relative)
         if str(relative) not in said and not at_hand:
             raise InputError(f"{plan.source.folder / relative}: is neither copied nor said to be dropped")

@@ -42,6 +42,7 @@ def run(
     fresh: bool = False,
     profile: bool = False,
     calibration_data: Iterable[Any] | None = None,
+    delete_shards: bool = False,
     token: str | None = None,
     progress: Progress | None = None,
     ranks: Ranks = ALONE,
@@ -62,11 +63,14 @@ def run(
     if settled.validation is None and not wanted.unvalidated:
         raise InputError("push: the recipe has validate: none; leave that out, or set push.unvalidated")
     how: dict[str, Any] = {"device": device, "overwrite": overwrite, "profile": profile, "progress": progress}
-    how |= {"out": out, "calibration_data": calibration_data, "fresh": fresh, "ranks": ranks}
+    how |= {"out": out, "calibration_data": calibration_data, "delete_shards": delete_shards}
+    how |= {"fresh": fresh, "ranks": ranks}
     if not ranks.first:
         return Done(api.quantize(settled, **how), None)
     login = hub_push.Login.open(token, progress)
-    source = hub.resolve(settled.model)
+    source = hub.resolve(settled.model, progress=progress)
+    if ranks.alone:  # others have not asked the Hub, and must have the same recipe
+        settled = settled.model_copy(update={"model": source.pinned})
     name = login.name(wanted.repo or hub_push.default_name({"source": vars(source), "recipe": settled}))
     hub_push.check(login, source, wanted, name)
     with contextlib.ExitStack() as stack:

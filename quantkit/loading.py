@@ -8,10 +8,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig
+import torch
+from transformers import AutoConfig, GenerationConfig
 
 from quantkit import formats, hub, packed, skeleton
-from quantkit.checkpoint import Checkpoint
+from quantkit.checkpoint import DTYPES, Checkpoint
 from quantkit.convert import dense_copy
 from quantkit.errors import InputError, MissingError
 from quantkit.progress import Progress
@@ -87,3 +88,45 @@ def loadable(folder: Path, progress: Progress, *, trust: bool = False) -> Iterat
         for line in missing:
             progress.warn(line)
         yield Path(copy), (said, *missing)
+
+
+def load_original(source: hub.Source, *, trust: bool = False, dtype: Any = "auto") -> Any:
+    """A source's model, as `load`; one of the Hub is fetched first, all shards of it.
+
+    Where fetched shards are deleted after use, they come one after the other and go as the weights are in memory.
+    Raises what `load` raises, and MissingError when the Hub or the disk fails.
+    """
+    shards = source.shards
+    if shards is not None and shards.delete:
+        return _streamed(source, trust, dtype)
+    if shards is not None:
+        shards.fetch_all(sorted({file.name for file in source.checkpoint().where.values()}))
+    return load(source.folder, dtype=dtype, trust_remote_code=trust)
+
+
+class _Unread:
+    """A tensor that transformers reads when it comes to it, as it does those of a safetensors file."""
+
+    def __init__(self, checkpoint: Checkpoint, name: str) -> None:
+        self._checkpoint, self._name = checkpoint, name
+
+    def __getitem__(self, _: Any) -> torch.Tensor:
+        return self._checkpoint.read(self._name)
+
+
+def _streamed(source: hub.Source, trust: bool, dtype: Any) -> Any:
+    checkpoint = source.checkpoint()
+    config = AutoConfig.from_pretrained(source.folder, trust_remote_code=trust)
+    if dtype == "auto":
+        dtype = config.dtype or next(DTYPES[s.dtype] for s in checkpoint.specs.values())
+    kind = type(skeleton.empty(config, source.folder, trust_remote_code=trust))
+    unread = {name: _Unread(checkpoint, name) for name in checkpoint.specs}
+    try:
+        model = kind.from_pretrained(None, config=config, state_dict=unread, dtype=dtype)
+    except (OSError, ValueError, KeyError, ImportError) as e:
+        raise InputError(
+            f"{source.model}: cannot be loaded: {(str(e).splitlines() or [type(e).__name__])[0][:300]}"
+        ) from e
+    if model.can_generate() and (source.folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(source.folder)
+    return model

@@ -12,7 +12,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -148,17 +148,28 @@ def _replace(out: Path, folder: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def copy_files(source: Path, into: Path, rewritten: Collection[Path], *, skip: Collection[str] = ()) -> dict[str, Any]:
+def copy_files(
+    source: Path,
+    into: Path,
+    rewritten: Collection[Path],
+    *,
+    skip: Collection[str] = (),
+    names: Iterable[Path] | None = None,
+    left: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
     """Copies what is neither weights nor a config that says how the source is quantized.
 
     rewritten  the source's weights that the output has in another form; other weights are listed as dropped
     skip       names that the caller writes itself
+    names      the files that count, relative to `source`; None: all that are not hidden
+    left       further files that are not on this machine, with the reason: listed as dropped
     Returns {"copied": [name], "dropped": [{"name", "reason"}]}.
     """
     copied: list[str] = []
-    hidden = sorted(p.name + "/" * p.is_dir() for p in source.iterdir() if p.name.startswith("."))
+    listed = source.iterdir() if left is None else ()
+    hidden = sorted(p.name + "/" * p.is_dir() for p in listed if p.name.startswith("."))
     dropped = [{"name": name, "reason": "hidden: not a part of the model"} for name in hidden]
-    for relative in other_files(source):
+    for relative in other_files(source) if names is None else names:
         if str(relative) in skip:
             continue
         if is_other_weights(relative):
@@ -172,6 +183,7 @@ def copy_files(source: Path, into: Path, rewritten: Collection[Path], *, skip: C
             (into / relative).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source / relative, into / relative)
             copied.append(str(relative))
+    dropped += [{"name": name, "reason": reason} for name, reason in (left or {}).items()]
     return {"copied": copied, "dropped": dropped}
 
 
@@ -195,7 +207,9 @@ def write_others(plan: Plan, folder: Path, weights: list[str]) -> dict[str, Any]
                 part["tie_word_embeddings"] = False
     write_json(folder / CONFIG, config)
     sources = plan.skeleton.checkpoint.where.values()
-    files = copy_files(plan.source.folder, folder, set(sources), skip=(CONFIG,))
+    files = copy_files(
+        plan.source.folder, folder, set(sources), skip=(CONFIG,), names=plan.source.files(), left=plan.source.left()
+    )
     for name, content in plan.files().items():
         write_json(folder / name, content)
     return {"weights": weights, **files}

@@ -131,7 +131,7 @@ def shape_of(
 ) -> tuple[int, int] | None:
     """Shape (N, K) of a packed layer; None when it is nowhere. Reads weight_shape where headers do not tell."""
     if "weight_shape" in parts and parts["weight_shape"].shape == (2,):
-        n, k = checkpoint.read(f"{name}.weight_shape").tolist()
+        n, k = checkpoint.read_small(f"{name}.weight_shape").tolist()
         return int(n), int(k)
     return form.shape(parts, scheme)
 

@@ -152,6 +152,7 @@ def _calibrated(run: Run, rows: calibration.Rows) -> None:
         progress.doing("make durable")
         with run.profile("make durable"):
             finished.block(run.writer, run.found, [] if block is left[-1] else batches)
+    plan.skeleton.checkpoint.expect(plan.reading, -1)
     for name in plan.skeleton.unknown:
         run.writer.write(name, plan.skeleton.checkpoint.read_finite(name))
     progress.end()
@@ -218,6 +219,7 @@ def _write_outside(run: Run) -> None:
     """Writes what is in no block."""
     run.progress.doing("embeddings")
     ghost = run.plan.skeleton
+    ghost.checkpoint.expect(run.plan.reading, 0)
     for name in outside(ghost, run.plan.structure):
         dtype = DTYPES[skeleton.spec_of(ghost, name).dtype]
         run.writer.write(ghost.to_disk[name], ghost.read(name).to(dtype))
@@ -229,6 +231,7 @@ def _to_blocks(run: Run, rows: calibration.Rows) -> list[blocks.Batch]:
     plan, ghost = run.plan, run.plan.skeleton
     idle = plan.structure.idle  # no text reads it
     names = [name for name in outside(ghost, plan.structure) if not name.startswith(idle)]
+    ghost.checkpoint.expect([plan.reading[0], *plan.reading[1 + run.finished.blocks :]], 0)
     ghost.load(names, run.device, run.dtype)
     ghost.tie()
     for buffer in ghost.model.buffers():
@@ -252,6 +255,7 @@ def _block(run: Run, block: blocks.Block, batches: list[blocks.Batch]) -> None:
     """One block: observe, rewrite, quantize, write, and run on with the decoded weights."""
     plan, ghost, profile = run.plan, run.plan.skeleton, run.profile
     names = ghost.parameters(block.name + ".")
+    ghost.checkpoint.expect(plan.reading, block.index + 1)
     with profile("read"):
         shares.load(ghost, names, run.device, run.dtype, run.ranks)
     module = ghost.model.get_submodule(block.name)

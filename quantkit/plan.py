@@ -13,7 +13,7 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from quantkit import blocks, experts, formats, hub, kv_cache, links, lint, numerics, packed, skeleton
-from quantkit.checkpoint import NAMES, Checkpoint, nbytes
+from quantkit.checkpoint import NAMES, nbytes
 from quantkit.errors import InputError
 from quantkit.formats import compressed_tensors
 from quantkit.lint.described import Described, Layer
@@ -114,6 +114,14 @@ class Plan:
         """The module of the checkpoint format."""
         return formats.get(self.recipe.export.format)
 
+    @functools.cached_property
+    def reading(self) -> list[list[str]]:
+        """Tensors of the source in the order in which they are read: those in no block, each block's, those unknown."""
+        ghost = self.skeleton
+        parts = [outside(ghost, self.structure), *(ghost.parameters(b.name + ".") for b in self.structure.blocks)]
+        read = [[ghost.pieces[n].disk if n in ghost.pieces else ghost.source(n) for n in part] for part in parts]
+        return [*(list(dict.fromkeys(part)) for part in read), ghost.unknown]
+
     @property
     def untied(self) -> bool:
         """Whether lm_head no longer shares the embeddings' weight."""
@@ -146,20 +154,23 @@ class Found:
     structure: blocks.Structure
 
 
-def look(recipe: Recipe) -> Found:
-    """Finds the model of a recipe. Raises InputError when there is none, or it cannot be taken block by block."""
-    source = hub.resolve(recipe.model)
-    checkpoint = Checkpoint.open(source.folder)
-    ghost = skeleton.build(source.folder, checkpoint, trust_remote_code=recipe.trust_remote_code)
+def look(recipe: Recipe, source: hub.Source | None = None) -> Found:
+    """Finds the model of a recipe. Raises InputError when there is none, or it cannot be taken block by block.
+
+    source  where the model was found already
+    """
+    source = source or hub.resolve(recipe.model)
+    ghost = skeleton.build(source.folder, source.checkpoint(), trust_remote_code=recipe.trust_remote_code)
     return Found(source, ghost, blocks.find(ghost))
 
 
-def make(recipe: Recipe, found: Found | None = None) -> Plan:
+def make(recipe: Recipe, found: Found | None = None, source: hub.Source | None = None) -> Plan:
     """Finds the model and decides what happens to each of its tensors. Raises InputError for what cannot be done.
 
-    found  the model, where it was looked at already
+    found   the model, where it was looked at already
+    source  or where it was found
     """
-    found = found or look(recipe)
+    found = found or look(recipe, source)
     source, ghost, structure = found.source, found.skeleton, found.structure
     caches: tuple[kv_cache.Attention, ...] = ()
     if recipe.kv_cache is not None:
@@ -222,7 +233,7 @@ def described(plan: Plan) -> Described:
         layers,
         plan.specs,
         tied=bool(getattr(source.get_text_config(), "tie_word_embeddings", False)) and not plan.untied,
-        files=frozenset(p.name for p in plan.source.folder.iterdir()),
+        files=frozenset(path.name for path in plan.source.files() if len(path.parts) == 1),
         says_packed=lambda name: layers[name].packed,
         modules=frozenset(name for name, _ in plan.skeleton.model.named_modules()),
     )

@@ -90,4 +90,4 @@ def _planned(first: Plan, groups: Sequence[Group], spec: SchemeSpec) -> Step:
     recipe = first.recipe
     default = SchemeSpec.model_validate(recipe.scheme.model_dump())
     changed = written(recipe, list(groups), [spec] * len(groups), default)
-    return Step(changed, planning.make(changed), tuple(group.name for group in groups), spec.name)
+    return Step(changed, planning.make(changed, source=first.source), tuple(group.name for group in groups), spec.name)

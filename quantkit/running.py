@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from quantkit import allocation, hub, output, pipeline, repair, validation
+from quantkit import allocation, hardware, hub, output, pipeline, repair, validation
 from quantkit import plan as planning
 from quantkit.errors import GateError
 from quantkit.journal import Journal
@@ -40,7 +40,7 @@ def identity(recipe: Recipe, source: hub.Source, device: torch.device) -> dict[s
 
 
 def choose(
-    recipe: Recipe, log: Journal, device: torch.device, progress: Progress, texts: Any
+    recipe: Recipe, log: Journal, device: torch.device, progress: Progress, texts: Any, source: hub.Source
 ) -> tuple[Recipe, dict[str, Any] | None]:
     """The recipe with `scheme: {auto: ...}` settled, and the report of the choice, which is made once a run."""
     if recipe.scheme.auto is None:
@@ -49,7 +49,7 @@ def choose(
     if found is not None:
         progress.say(allocation.said(found["report"]))
         return Recipe.from_any(found["recipe"]), found["report"]
-    settled, report = allocation.allocate(recipe, device=device, progress=progress, texts=texts)
+    settled, report = allocation.allocate(recipe, device=device, progress=progress, texts=texts, source=source)
     log.append("allocation", recipe=settled.to_dict(), report=report)
     return settled, report
 
@@ -145,7 +145,7 @@ def _once(plan: planning.Plan, staging: Path, run: Run) -> Outcome:
         journal=run.log,
     )
     (staging / output.RECIPE).write_text(plan.recipe.to_yaml(), "utf-8")
-    summary = {**_summary(plan, done), "allocation": run.allocation}
+    summary = {**_summary(plan, done), "hardware": hardware.describe(run.device), "allocation": run.allocation}
     output.write_json(staging / output.SUMMARY, summary)
     settings = plan.recipe.validation
     if settings is None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -68,14 +68,21 @@ def stream(
     at_once, threads = workers()
     written = (finished.written or {}).keys()
     progress.begin(len(plan.structure.blocks), "block", done=finished.blocks)
-    jobs = [(part, job) for part in parts(plan) if not written >= _names(plan, part) for job in part.jobs]
+
+    def jobs() -> Iterator[tuple[Part, Job]]:
+        left = [(i, part) for i, part in enumerate(parts(plan)) if not written >= _names(plan, part)]
+        reading: list[list[str]] = [[], *(plan.reading[i] for i, _ in left)]
+        for k, (_, part) in enumerate(left):
+            # The jobs of the part before are still under way.
+            plan.skeleton.checkpoint.expect([[*reading[k], *reading[k + 1]], *reading[k + 2 :]], 0)
+            yield from ((part, job) for job in part.jobs)
 
     def do(item: tuple[Part, Job]) -> list[Report]:
         return _do(plan, item[1], writer, device)
 
     try:
         # Closed at the end, whatever it is: nothing is under way when the writer's files are closed.
-        with contextlib.closing(in_order(jobs, do, at_once, threads=threads)) as results:
+        with contextlib.closing(in_order(jobs(), do, at_once, threads=threads)) as results:
             for part, found in itertools.groupby(results, lambda result: result[0][0]):
                 report, names = _told(part, found, progress), _names(plan, part)
                 if part.index is not None:

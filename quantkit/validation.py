@@ -24,7 +24,7 @@ import torch
 from quantkit import calibration, hub, integrity
 from quantkit import plan as planning
 from quantkit.errors import MissingError
-from quantkit.loading import load, loadable
+from quantkit.loading import load, load_original, loadable
 from quantkit.progress import Progress
 from quantkit.recipe.calibration import TextSource
 from quantkit.recipe.gates import Limit
@@ -41,7 +41,7 @@ from quantkit_eval.task_list import Tasks as LoadedTasks
 from quantkit_eval.task_list import load as load_tasks
 from quantkit_eval.task_list import resolve
 from quantkit_eval.task_results import TaskResults
-from quantkit_eval.two_models import SHARE, TwoModels, free_memory, model_bytes
+from quantkit_eval.two_models import SHARE, TwoModels, free_memory, model_bytes, specs_bytes
 from quantkit_eval.windows import heldout_windows
 
 VALIDATED, FAILED, UNVALIDATED = "validated", "failed", "unvalidated"
@@ -165,9 +165,9 @@ def validate(
     loaded = None if settings.tasks is None else load_tasks(resolve(settings.tasks.names, settings.tasks.folder))
     with loadable(folder, progress, trust=trust_remote_code) as (place, notes), contextlib.ExitStack() as stack:
         models = TwoModels(
-            functools.partial(_load, source.folder, device, trust_remote_code),
+            functools.partial(_original, source, device, trust_remote_code),
             functools.partial(_load, place, device, trust_remote_code),
-            side_by_side=_side_by_side(settings, source.folder, place, device, len(tokenizer), progress),
+            side_by_side=_side_by_side(settings, source, place, device, len(tokenizer), progress),
         )
         kept = None if models.side_by_side else stack.enter_context(_kept(folder))
         run = _Run(models, tokenizer, settings, source, loaded, windows, progress, kept)
@@ -186,7 +186,8 @@ def validate(
         progress.say(f"validation: {run.bounds}")
     results = gate.check(measured, limits)
     message = gate.failure_message(results, gate.worst_layers(layers))
-    data = settings.perplexity.data
+    texts_of = settings.perplexity
+    data = texts_of.data if texts_of.revision is None else f"{texts_of.data}@{texts_of.revision}"
     return Validation(comparison, results, samples, message, notes, flipped, tuple(tasks), arguments, run.bounds, data)
 
 
@@ -198,13 +199,18 @@ def _load(folder: Path, device: torch.device, trust: bool) -> Any:
     return load(folder, dtype=dtype, trust_remote_code=trust).to(device)
 
 
+def _original(source: hub.Source, device: torch.device, trust: bool) -> Any:
+    dtype = torch.float32 if device.type == "cpu" else "auto"
+    return load_original(source, trust=trust, dtype=dtype).to(device)
+
+
 def _side_by_side(
-    settings: Settings, original: Path, quantized: Path, device: torch.device, vocabulary: int, progress: Progress
+    settings: Settings, original: hub.Source, quantized: Path, device: torch.device, vocabulary: int, progress: Progress
 ) -> bool:
     """What the recipe says, or what the memory that is free decides. Said where it is one after the other."""
     why = "validate.side_by_side is false"
     if settings.side_by_side == "auto":
-        needed = sum(model_bytes(place, device) for place in (original, quantized))
+        needed = specs_bytes(original.checkpoint().specs.values(), device) + model_bytes(quantized, device)
         needed += working_bytes(settings.perplexity.length, vocabulary)
         free = free_memory(device)
         if free is None or needed <= SHARE * free:

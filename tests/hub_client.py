@@ -25,7 +25,7 @@ def connect(monkeypatch: pytest.MonkeyPatch, hub: HubServer, home: Path) -> list
     wait between its tries. Returns the seconds it would have waited."""
     import time
 
-    from huggingface_hub import constants
+    from huggingface_hub import constants, file_download
     from huggingface_hub.utils import _http
 
     waits: list[float] = []
@@ -38,6 +38,7 @@ def connect(monkeypatch: pytest.MonkeyPatch, hub: HubServer, home: Path) -> list
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home))
     clock = types.SimpleNamespace(**{**vars(time), "sleep": waits.append})
     monkeypatch.setattr(_http, "time", clock)
+    monkeypatch.setattr(file_download, "time", clock)
     return waits
 
 

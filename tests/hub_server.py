@@ -5,6 +5,9 @@
         ...
         hub.files("alice/tiny")                # {path: content} at the head of main
         hub.calls                              # names of the calls that came in, as in ROUTES
+    hub.served["model.safetensors"]        # bytes of it that went out
+
+A data set's name is `datasets:org/name`.
 
 Files above `large` bytes, and all safetensors, travel by the protocol of Git LFS; above `multipart` bytes in parts.
 A commit is atomic: it counts from when it is made, and branches are names of commits, as on the Hub.
@@ -46,9 +49,11 @@ ROUTES = {
     "branch": rf"POST /api/models/{ID}/branch/(.+)",
     "unbranch": rf"DELETE /api/models/{ID}/branch/(.+)",
     "info": rf"GET /api/models/{ID}(?:/revision/(.+))?",
+    "content": r"GET /_lfs/(\w+)/(.+)",
     "resolve": rf"(?:HEAD|GET) /{ID}/resolve/(refs/pr/\d+|[^/]+)/(.+)",
 }
-PUBLIC = ("part", "complete", "put", "validate")  # no token is asked for: their addresses are signed, or say nothing
+# no token is asked for: their addresses are signed, or say nothing
+PUBLIC = ("part", "complete", "put", "content", "validate")
 
 
 class HubServer(Store):
@@ -92,6 +97,7 @@ class _Answers(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         path = unquote(urlsplit(self.path).path)
+        path = re.sub(r"^/(api/)?datasets/", lambda m: "/api/models/datasets:" if m[1] else "/datasets:", path)
         found = next(
             ((name, m) for name, route in ROUTES.items() if (m := re.fullmatch(route, f"{self.command} {path}"))), None
         )
@@ -154,7 +160,7 @@ class _Answers(BaseHTTPRequestHandler):
             repo = self.hub.repos.get(groups[0])
             if repo is None or (repo.private and not known):
                 raise _Refused(404 if known else 401, "Repository not found", "RepoNotFound")
-            if name == "resolve" and repo.gated:
+            if name == "resolve" and repo.gated and not (known and groups[0] in self.hub.accepted):
                 raise _Refused(403, "Access to this model is restricted", "GatedRepo")
 
     def _hang_up(self) -> None:
@@ -208,7 +214,7 @@ class _Answers(BaseHTTPRequestHandler):
         front = re.match(r"---\n(.*?)\n---\n", card, re.DOTALL)
         return {
             "_id": "1",
-            "id": name,
+            "id": name.removeprefix("datasets:"),
             "modelId": name,
             "sha": sha,
             "private": repo.private,
@@ -337,14 +343,28 @@ class _Answers(BaseHTTPRequestHandler):
         file = self.hub.repos[name].commits[sha].get(path)
         if file is None:
             raise _Refused(404, "Entry not found", "EntryNotFound")
-        content, status = self._damaged(self.hub.blobs[file.oid]), 200
+        content = self.hub.blobs[file.oid]
         headers = {"ETag": f'"{file.oid}"', "X-Repo-Commit": sha, "Accept-Ranges": "bytes"}
         if file.lfs:
             headers |= {"X-Linked-Etag": f'"{file.oid}"', "X-Linked-Size": str(len(content))}
+            if self.hub.elsewhere:
+                return self._send(302, b"", {**headers, "Location": f"{self.hub.elsewhere}/_lfs/{file.oid}/{path}"})
+        self._give(self._damaged(content), path, headers)
+
+    def _content(self, body: bytes, oid: str, path: str) -> None:
+        if "Authorization" in self.headers:
+            raise _Refused(400, "a token was sent to a place that is not the Hub")
+        self._give(self._damaged(self.hub.blobs[oid]), path, {"ETag": f'"{oid}"'})
+
+    def _give(self, content: bytes, path: str, headers: dict[str, str]) -> None:
+        status = 200
         if wanted := re.match(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
             first, last = int(wanted[1]), int(wanted[2] or len(content) - 1)
             headers["Content-Range"] = f"bytes {first}-{last}/{len(content)}"
             content, status = content[first : last + 1], 206
+        if self.command != "HEAD":
+            with self.hub.lock:
+                self.hub.served[path] += len(content)
         self._send(status, content, headers)
 
     def _damaged(self, content: bytes) -> bytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -61,6 +62,9 @@ class Store:
         self.blobs: dict[str, bytes] = {}
         self.parts: dict[tuple[str, int], bytes] = {}
         self.calls: list[str] = []
+        self.served: Counter[str] = Counter()  # bytes of each file, by its path, that went out
+        self.accepted: set[str] = set()  # gated repositories whose terms the user has accepted
+        self.elsewhere: str | None = None  # a host that LFS content is fetched from, by a redirect
         self.sent: list[str] = []  # LFS objects whose content came in whole
         self.faults: list[Fault] = []
         self.lock = threading.RLock()

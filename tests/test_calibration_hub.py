@@ -14,7 +14,7 @@ from typing import Any
 
 import pyarrow
 import pytest
-from fake_hub import GATED, FakeHub, commit_of
+from hub_server import HubServer
 from pyarrow import parquet
 
 TEXTS = ["".join(random.Random(i).choices("abcdefgh ", k=2000)) for i in range(6000)]
@@ -61,13 +61,17 @@ def lines() -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="module")
-def hub(files: dict[str, bytes], lines: dict[str, bytes]) -> Iterator[FakeHub]:
-    with FakeHub({"org/name": files, "org/lines": lines, "org/empty": {"README.md": b""}}) as hub:
+def hub(files: dict[str, bytes], lines: dict[str, bytes]) -> Iterator[HubServer]:
+    with HubServer() as hub:
+        hub.add("datasets:org/name", files)
+        hub.add("datasets:org/lines", lines)
+        hub.add("datasets:org/empty", {"README.md": b""})
+        hub.add("datasets:org/gated", lines, gated="manual")
         yield hub
 
 
-def lines_report(lines: dict[str, bytes]) -> dict[str, str]:
-    place = {"kind": "hub", "data": "org/lines", "revision": commit_of(lines)}
+def lines_report(hub: HubServer) -> dict[str, str]:
+    place = {"kind": "hub", "data": "org/lines", "revision": hub.head("datasets:org/lines")}
     return {**place, "subset": "default", "split": "validation"}
 
 
@@ -81,7 +85,7 @@ def ask(url: str, home: Path, questions: list[tuple[str, dict[str, Any]]], **env
 
 
 def test_datasets_of_the_hub(hub, files, lines, tmp_path):
-    commit = commit_of(files)
+    commit = hub.head("datasets:org/name")
     train = {"kind": "hub", "data": "org/name", "revision": commit, "subset": "plain", "split": "train"}
     answers = ask(
         hub.url,
@@ -97,7 +101,7 @@ def test_datasets_of_the_hub(hub, files, lines, tmp_path):
             ("org/name", {"column": "body"}),
             ("org/none", {}),
             ("org/empty", {}),
-            (GATED, {}),
+            ("org/gated", {}),
             ("hub:a/b/c", {}),
         ],
     )
@@ -105,7 +109,7 @@ def test_datasets_of_the_hub(hub, files, lines, tmp_path):
         [TEXTS[:3], train],
         [["a", "b"], {**train, "split": "test"}],
         [TEXTS[::-1][:3], train],
-        [TEXTS[:3], lines_report(lines)],
+        [TEXTS[:3], lines_report(hub)],
     ]
     assert answers[:4] == expected
     for (kind, message), words in zip(
@@ -131,7 +135,7 @@ def test_offline_the_cache_of_the_datasets_library_is_read(hub, lines, tmp_path)
     load = "import datasets; datasets.load_dataset('org/lines')"
     settings = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
     subprocess.run([sys.executable, "-c", load], env={**os.environ, **settings}, check=True, capture_output=True)
-    commit = commit_of(lines)
+    commit = hub.head("datasets:org/lines")
     questions: list[tuple[str, dict[str, Any]]] = [
         ("org/lines", {}),
         ("org/lines", {"revision": commit}),
@@ -139,7 +143,7 @@ def test_offline_the_cache_of_the_datasets_library_is_read(hub, lines, tmp_path)
         ("org/name", {}),
     ]
     found, same, other, absent = ask("http://127.0.0.1:9", tmp_path, questions, HF_HUB_OFFLINE="1")
-    assert found == same == [TEXTS[:3], lines_report(lines)]
+    assert found == same == [TEXTS[:3], lines_report(hub)]
     assert other[0] == "MissingError" and f"is of commit {commit}, so that revision 'main' cannot be had" in other[1]
     assert absent[0] == "MissingError" and "offline mode is on, and it is not in the cache" in absent[1]
 

@@ -198,10 +198,12 @@ def test_quantize_passes_everything_on(monkeypatch: pytest.MonkeyPatch) -> None:
         overwrite: bool,
         fresh: bool,
         profile: bool,
+        delete_shards: bool,
         progress: Progress,
         ranks: Ranks,
     ) -> api.Result:
-        calls.append((recipe.model, recipe.calibration.samples, out, device, overwrite, fresh, profile, ranks.size))
+        given = (device, overwrite, fresh, profile, delete_shards, ranks.size)
+        calls.append((recipe.model, recipe.calibration.samples, out, *given))
         progress.say("on stderr")
         return api.Result(Path("there"), SUMMARY, validation(passed=True))
 
@@ -218,10 +220,11 @@ def test_quantize_passes_everything_on(monkeypatch: pytest.MonkeyPatch) -> None:
         "--overwrite",
         "--fresh",
         "--profile",
+        "--delete-shards",
     ]
     result = run("quantize", QUICKSTART, *options)
     assert result.exit_code == 0, result.stderr
-    assert calls == [("org/name", 7, Path("there"), "cpu", True, True, True, 1)]
+    assert calls == [("org/name", 7, Path("there"), "cpu", True, True, True, True, 1)]
     assert result.stderr == "on stderr\n"
 
 
@@ -258,12 +261,14 @@ def test_validate_passes_everything_on(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(api, "validate", validate)
     options = ["--against", "m", "--data", "d.txt", "--windows", "3", "--length", "64", "--device", "cpu"]
+    options.append("--delete-shards")
     result = run("validate", "out", *options, "--gate", "kl=0.1", "--gate", "top1_agreement=1")
     assert result.exit_code == 0, result.stderr
     given = {"against": "m", "data": "d.txt", "windows": 3, "length": 64, "device": "cpu", "tasks": None}
+    given["delete_shards"] = True
     assert calls == [(Path("out"), {**given, "gates": {"kl": 0.1, "top1_agreement": 1.0}})]
     assert run("validate", "out").exit_code == 0
-    assert calls[1][1] == {**dict.fromkeys(given), "device": "auto", "gates": None}
+    assert calls[1][1] == {**dict.fromkeys(given), "device": "auto", "delete_shards": False, "gates": None}
 
 
 SECTION = {

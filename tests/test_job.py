@@ -184,7 +184,7 @@ def test_what_cannot_be_pushed_is_refused_before_the_work(
     for settings, message in refused:
         with pytest.raises(InputError, match=message):
             run(world, settings, tmp_path / "out")
-    monkeypatch.setattr(job.hub, "resolve", lambda _: job.hub.Source("org/base", base, commit))
+    monkeypatch.setattr(job.hub, "resolve", lambda *_, **__: job.hub.Source("org/base", base, commit))
     with pytest.raises(InputError, match=r"not for commercial use.*--base-public-ok"):
         run(world, recipe(base, {"private": False}), tmp_path / "out")
     hub.role = "read"

@@ -256,12 +256,13 @@ def test_one_after_the_other_measures_the_same(out: Path, monkeypatch: pytest.Mo
 
 
 def test_memory_decides_unless_the_recipe_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    folder, cpu = resolve("builtin:pydocs-llama-7m").folder, torch.device("cpu")
+    source, cpu = resolve("builtin:pydocs-llama-7m"), torch.device("cpu")
+    folder = source.folder
 
     def decided(wanted: bool | Literal["auto"], free: int | None) -> tuple[bool, list[str]]:
         monkeypatch.setattr(validation, "free_memory", lambda _: free)
         settings, progress = Validation(side_by_side=wanted), Listening()
-        return validation._side_by_side(settings, folder, folder, cpu, 4096, progress), progress.said
+        return validation._side_by_side(settings, source, folder, cpu, 4096, progress), progress.said
 
     needed = 2 * model_bytes(folder, cpu) + compare.working_bytes(512, 4096)
     side_by_side, said = decided("auto", needed)

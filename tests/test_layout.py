@@ -35,6 +35,8 @@ LAYERS = (
         "quantkit.joining",
         "quantkit.hub",
         "quantkit.hub_calls",
+        "quantkit.hub_files",
+        "quantkit.hub_shards",
         "quantkit.hub_commit",
         "quantkit.hub_ahead",
         "quantkit.strict_yaml",
@@ -57,6 +59,9 @@ LAYERS = (
     ("quantkit.recipe",),
     (
         "quantkit.plan",
+        "quantkit.pinning",
+        "quantkit.hardware",
+        "quantkit.room",
         "quantkit.estimate",
         "quantkit.rehearsal",
         "quantkit.output",
@@ -90,6 +95,7 @@ LAYERS = (
         "quantkit.card_parts",
         "quantkit.hub_push",
         "quantkit.job",
+        "quantkit.reproducing",
     ),
     ("quantkit.cli", "quantkit.cli_running", "quantkit.cli_hub", "quantkit.__main__", "quantkit"),
 )

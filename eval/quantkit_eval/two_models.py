@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 
 from quantkit.checkpoint import DTYPES, OTHER_WEIGHTS, Checkpoint, nbytes
 from quantkit.errors import InputError
+from quantkit.types import TensorSpec
 
 SHARE = 0.9  # of the memory that is free
 CGROUP = Path("/sys/fs/cgroup")
@@ -48,16 +49,21 @@ class TwoModels:
 
 
 def model_bytes(folder: Path, device: torch.device) -> int:
-    """What a checkpoint takes when it is loaded, by its headers: on a CPU, floats become float32.
-
-    A format that its loader unpacks takes more. Files that are not safetensors count as they lie on disk.
-    """
-    total = 0
+    """`specs_bytes` of a folder. Files that are not safetensors count as they lie on disk."""
     try:
         specs = Checkpoint.open(folder).specs
     except InputError:  # whether it can be loaded is the loader's to say
         return sum(file.stat().st_size for file in folder.iterdir() if file.suffix in OTHER_WEIGHTS)
-    for spec in specs.values():
+    return specs_bytes(specs.values(), device)
+
+
+def specs_bytes(specs: Iterable[TensorSpec], device: torch.device) -> int:
+    """What tensors on disk take when they are loaded: on a CPU, floats become float32.
+
+    A format that its loader unpacks takes more.
+    """
+    total = 0
+    for spec in specs:
         dtype, size = DTYPES[spec.dtype], nbytes(spec)
         widened = device.type == "cpu" and dtype.is_floating_point and dtype.itemsize == 2
         total += 2 * size if widened else size

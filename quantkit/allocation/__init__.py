@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from quantkit import calibration, estimate, pipeline
+from quantkit import calibration, estimate, hub, pipeline
 from quantkit import plan as planning
 from quantkit.allocation import knapsack, losses, sensitivity
 from quantkit.allocation.candidates import Outline, outline
@@ -33,16 +33,22 @@ LINEAR = (0.8, 1.25)  # what a quarter of the noise may do, times four, over wha
 
 
 def allocate(
-    recipe: Recipe, *, device: torch.device, progress: Progress, texts: Iterable[Any] | None = None
+    recipe: Recipe,
+    *,
+    device: torch.device,
+    progress: Progress,
+    texts: Iterable[Any] | None = None,
+    source: hub.Source | None = None,
 ) -> tuple[Recipe, dict[str, Any]]:
     """Chooses a scheme for each layer of a recipe with `scheme: {auto: ...}`.
 
     device  where blocks are computed
     texts   take the place of the recipe's calibration.data
+    source  where the model was found already
     Returns the recipe with the choice written out, and what quantkit.json says of it. Raises InputError when no choice
     keeps the budget, with the least that can be reached, and for whatever a plan refuses.
     """
-    found = outline(recipe)
+    found = outline(recipe, source)
     for warning in found.warnings:
         progress.warn(warning)
     rows = _rows(found, texts)

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
-from quantkit import formats
+from quantkit import formats, hub
 from quantkit import plan as planning
 from quantkit.checkpoint import DTYPES, bits_per_weight
 from quantkit.errors import InputError
@@ -103,12 +103,15 @@ class Outline:
         return written(self.recipe, self.groups, specs, self.auto.candidates[default])
 
 
-def outline(recipe: Recipe) -> Outline:
-    """Groups, sizes and refusals. Raises InputError when there is nothing to choose, or the budget is too small."""
+def outline(recipe: Recipe, source: hub.Source | None = None) -> Outline:
+    """Groups, sizes and refusals. Raises InputError when there is nothing to choose, or the budget is too small.
+
+    source  where the model was found already
+    """
     auto = recipe.scheme.auto
     if auto is None:
         raise InputError("scheme: is not auto, so there is nothing to choose")
-    model = planning.look(recipe)
+    model = planning.look(recipe, source)
     # Without transforms: a rotation is planned once on a model, for the plan that is measured on.
     trials = _Trials(recipe.model_copy(update={"transforms": ()}), auto, model)
     first, groups = trials.groups()

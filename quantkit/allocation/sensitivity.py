@@ -123,6 +123,7 @@ def measure(
     for block in plan.structure.blocks:
         progress.item(block.index + 1, block.name)
         names = ghost.parameters(block.name + ".")
+        ghost.checkpoint.expect(plan.reading, block.index + 1)
         ghost.load(names, device, _dtype(plan, device))
         inside = {i: subject for i, subject in enumerate(subjects) if subject.block == block.index}
         found |= _block(run, block, inside, progress)

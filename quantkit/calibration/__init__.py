@@ -18,10 +18,10 @@ from typing import Any, Literal
 import torch
 
 from quantkit.calibration.chat import ChatTemplate, Dropped
-from quantkit.calibration.sources import PYTHON, Document, Source, from_iterable, open_source, shuffled
+from quantkit.calibration.sources import PYTHON, Document, Source, from_iterable, open_source, pin, shuffled
 from quantkit.errors import InputError
 
-__all__ = ["PYTHON", "Rows", "from_iterable", "load_texts", "open_source", "pack_rows", "said"]
+__all__ = ["PYTHON", "Rows", "from_iterable", "load_texts", "open_source", "pack_rows", "pin", "said"]
 
 Which = Literal["all", "assistant"]
 

@@ -46,6 +46,13 @@ def open_hub(name: str, subset: str | None, split: str | None, revision: str | N
     return _streamed(builder, name, split, offline, {"kind": "hub", "data": name, "revision": commit})
 
 
+def commit_of(name: str, revision: str | None, subset: str | None = None, split: str | None = None) -> str:
+    """The commit of a dataset's revision; offline, that of the copy in the cache. Raises as `open_hub`."""
+    if not _library().config.HF_HUB_OFFLINE:
+        return _commit(name, revision)
+    return str(open_hub(name, subset, split, revision).report["revision"])
+
+
 def open_folder(folder: Path, subset: str | None, split: str | None) -> Dataset:
     """A folder on this machine that is laid out as a dataset's repository on the Hub."""
     datasets = _library()
@@ -115,7 +122,7 @@ def _commit(name: str, revision: str | None) -> str:
     try:
         found = HfApi().dataset_info(name, revision=revision, timeout=60)
     except GatedRepoError:
-        raise InputError(f"dataset {name} is gated: accept its terms on its page, then `hf auth login`") from None
+        raise _gated(name) from None
     except RevisionNotFoundError:
         raise InputError(f"dataset {name} has no revision {revision!r}") from None
     except RepositoryNotFoundError:
@@ -140,6 +147,8 @@ def _explained(name: str, offline: bool) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as e:  # also a dataset without files that the library knows
+        if "is a gated dataset" in str(e):  # its own words go on with another address
+            raise _gated(name) from None
         raise InputError(f"dataset {name}: {_line(e)}") from None
     except (HTTPError, OSError) as e:
         if offline:
@@ -150,6 +159,10 @@ def _explained(name: str, offline: bool) -> Iterator[None]:
         raise _unreachable(name, e) from None
     except (DatasetsError, ArrowException, ValueError, RuntimeError, NotImplementedError, ImportError) as e:
         raise InputError(f"dataset {name}: {_line(e)}") from None
+
+
+def _gated(name: str) -> InputError:
+    return InputError(f"dataset {name} is gated: accept its terms on its page, then `hf auth login`")
 
 
 def _unreachable(name: str, error: Exception) -> MissingError:

@@ -157,7 +157,20 @@ def _refuse(data: str, what: str, options: Mapping[str, str | None]) -> None:
             raise InputError(f"{data}: is {what}, which has no {key} {value!r}; leave {key} out")
 
 
-def _of_hub(data: str, column: str | None, subset: str | None, split: str | None, revision: str | None) -> Source:
+def pin(data: str, *, subset: str | None = None, split: str | None = None, revision: str | None = None) -> str | None:
+    """The commit that a dataset of the Hub is at now, of its branch main or `revision`; None for other sources.
+
+    Offline, the commit that is in the cache. Raises as `open_source`.
+    """
+    if data == PYTHON or data.startswith(BUILTIN):
+        return None
+    if not data.startswith(HUB) and os.path.exists(os.path.expanduser(data)):
+        return None
+    return hub.commit_of(*_named(data, revision), subset, split)
+
+
+def _named(data: str, revision: str | None) -> tuple[str, str | None]:
+    """Name and revision of a dataset of the Hub."""
     name = data.removeprefix(HUB)
     local = Path(name).suffix in READERS or not _DATASET.fullmatch(name) or name.startswith(".")
     if local and not data.startswith(HUB):
@@ -167,7 +180,12 @@ def _of_hub(data: str, column: str | None, subset: str | None, split: str | None
     name, _, short = name.partition("@")
     if short and revision not in (None, short):
         raise InputError(f"{data}: names revision {short!r}, and the key revision says {revision!r}; keep one of them")
-    return _of_dataset(hub.open_hub(name, subset, split, short or revision), column)
+    return name, short or revision
+
+
+def _of_hub(data: str, column: str | None, subset: str | None, split: str | None, revision: str | None) -> Source:
+    name, revision = _named(data, revision)
+    return _of_dataset(hub.open_hub(name, subset, split, revision), column)
 
 
 def _of_dataset(found: hub.Dataset, column: str | None) -> Source:
