@@ -206,9 +206,7 @@ def shown(choice: Any) -> str:
     if choice.path != "gemm":
         return f"{choice.path} {choice.slab / 1e6:.0f} MB"
     parts = f"{choice.block_m}x{choice.block_n} u{choice.unroll} k{choice.split} w{choice.warps} s{choice.stages}"
-    return (
-        f"{parts} {choice.where}" + (f" g{choice.group_m}" if choice.group_m else "") + (" pdl" if choice.pdl else "")
-    )
+    return f"{parts} {choice.where}" + (f" g{choice.group_m}" if choice.group_m else "")
 
 
 # All of them

@@ -77,7 +77,6 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--out", type=Path, help="the table; default: quantkit_kernels/tables, by the GPU's name")
     made.add_argument("--log", type=Path, default=Path("build/tune.jsonl"), help="all times, to go on from")
     made.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 2) - 2), help="processes that compile")
-    made.add_argument("--pdl", action="store_true", help="also tries programmatic dependent launch")
     made.add_argument("--case-limit", type=float, default=240, help="seconds without a result after which it hangs")
     made.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     made.add_argument("--until", type=float, default=math.inf, help=argparse.SUPPRESS)
@@ -189,7 +188,6 @@ def search(
     end: float,
     written: Callable[[], None],
     ahead: Ahead,
-    pdl: bool = False,
 ) -> bool:
     """The problems of one number of tokens and one format go together, round by round. False when out of time."""
     groups: dict[tuple[str, int], list[Item]] = {}
@@ -200,12 +198,10 @@ def search(
         known: dict[Item, Any] = {}
         for turn in range(ROUNDS + 1):
             sure = turn == ROUNDS
-            tasks = [(item, one) for item in group for one in due(tuner.log, item, gpu, sure, pdl)]
+            tasks = [(item, one) for item in group for one in due(tuner.log, item, gpu, sure)]
             ahead.ask(tasks)
             if turn == 0:
-                ahead.ask(
-                    (item, one) for item in [*order, []][place + 1] for one in due(tuner.log, item, gpu, False, pdl)
-                )
+                ahead.ask((item, one) for item in [*order, []][place + 1] for one in due(tuner.log, item, gpu, False))
             for item, one in tasks:
                 if time.monotonic() > end:
                     return False
@@ -219,13 +215,13 @@ def search(
     return True
 
 
-def due(log: Log, item: Item, gpu: choosing.Gpu, sure: bool, pdl: bool) -> list[Choice]:
+def due(log: Log, item: Item, gpu: choosing.Gpu, sure: bool) -> list[Choice]:
     """What to time in a round: proposals, or at the end the fastest ones once more, with care."""
     tried = log.times.get(problem(*item), {})
     if not sure and log.sure.get(problem(*item)):
         return []  # it was done with before
     if not sure:
-        return proposals(tried, problem(*item), gpu, pdl)
+        return proposals(tried, problem(*item), gpu)
     fastest = sorted((one for one in tried if math.isfinite(tried[one])), key=lambda one: tried[one])[:FINALISTS]
     return [one for one in fastest if one not in log.sure.get(problem(*item), {})]
 
@@ -263,7 +259,7 @@ def child(items: Sequence[Item], arguments: argparse.Namespace) -> int:
     tuner = Tuner(Maker(torch.device("cuda")), log, bench_timing.graph_timer, lambda text: print(text, flush=True))
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(arguments.jobs, mp_context=context) as pool:
-        done = search(items, tuner, gpu, end, written, Ahead(pool), arguments.pdl)
+        done = search(items, tuner, gpu, end, written, Ahead(pool))
         pool.shutdown(wait=False, cancel_futures=True)
     written()
     print(f"tune: {path}" + ("" if done else "; out of time, the same command goes on"), flush=True)

@@ -40,10 +40,10 @@ def distance(a: Choice, b: Choice) -> float:
         + abs(math.log2((a.split + 0.5) / (b.split + 0.5)))
         + abs(math.log2(a.unroll / b.unroll))
     )
-    return far + (a.where != b.where) + (a.group_m != b.group_m) + (a.pdl != b.pdl)
+    return far + (a.where != b.where) + (a.group_m != b.group_m)
 
 
-def proposals(tried: dict[Choice, float], key: Problem, gpu: Gpu, pdl: bool = False) -> list[Choice]:
+def proposals(tried: dict[Choice, float], key: Problem, gpu: Gpu) -> list[Choice]:
     """What is worth timing after what was (microseconds; inf: wrong or failed); nothing when the best is surrounded.
 
     First one of each tile, then the other candidates of the two best tiles and what differs in one thing from the best.
@@ -55,7 +55,7 @@ def proposals(tried: dict[Choice, float], key: Problem, gpu: Gpu, pdl: bool = Fa
     tiles = [tile(one) for one in best]
     more = [one for one in candidates if tile(one) in tiles]
     for one in best[:1]:
-        more += [near for near in choosing.neighbours(one, key, gpu) if pdl or not near.pdl]
+        more += choosing.neighbours(one, key, gpu)
     return [one for one in dict.fromkeys(more) if one not in tried]
 
 

@@ -499,10 +499,8 @@ def test_every_choice_fits_the_gpu(capability: int) -> None:
             m = tokens * top
             one = Problem(kind, scale_dtype, n, k, group, m)
             choice = choose(one, experts, gpu)
-            assert (
-                choice.path == "gemm"
-                and not choice.pdl
-                and choice.block_n == 16 * choice.warps * (choice.block_n // (16 * choice.warps))
+            assert choice.path == "gemm" and choice.block_n == 16 * choice.warps * (
+                choice.block_n // (16 * choice.warps)
             )
             assert shared_bytes(choice, one, choice.stages, gpu) <= SHARED[capability]
             assert choice.split == 1 or m <= 64 * experts
@@ -529,7 +527,6 @@ def compiled(case: tuple[str, str, int], tile: tuple[int, ...], capability: int,
 
     block_m, block_n, unroll, warps, stages = tile
     constants = dense_constants(*case, block_m, block_n, unroll, warps, capability, EXPERTS=128, **kw)
-    del constants["PDL"]
     options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
     return compile_kernel(_grouped.wxa16, constants, capability, TYPES, **options)
 

@@ -193,12 +193,11 @@ def test_rounds_go_from_all_tiles_to_what_is_near_the_best() -> None:
     tried = {one: cost(one) for one in begun}
     best = sorted(tried, key=lambda one: tried[one])[:2]
     more = search.proposals(tried, key, GPU)
-    assert more and not set(more) & set(begun) and not any(one.pdl for one in more)
+    assert more and not set(more) & set(begun)
     near = choosing.neighbours(best[0], key, GPU)
     tiles = {search.tile(one) for one in best}
     assert all(one in near or (one in candidates and search.tile(one) in tiles) for one in more)
     assert any(one.stages != best[0].stages for one in more)
-    assert any(one.pdl for one in search.proposals(tried, key, GPU, pdl=True))
     assert search.proposals(dict.fromkeys(begun, math.inf), key, GPU) == []
 
 

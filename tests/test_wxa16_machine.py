@@ -187,7 +187,6 @@ def constants(
         "WARPS": warps,
         "EVEN": True,
         "BIAS": True,
-        "PDL": False,
         "MMA_SYNC": mma_sync(block_m, warps, Gpu("", capability)),
         **kw,
     }
@@ -267,8 +266,7 @@ def test_shared_out_evenly_on_hopper(block_m: int, block_n: int, warps: int, sta
     from quantkit_kernels import _wxa16_stream
 
     given = constants("int4", "bf16", 128, block_m, block_n, 1, warps, 90, GROUP_M=4)
-    for name in ("SPLIT", "PDL"):
-        del given[name]
+    del given["SPLIT"]
     made = compile_kernel(_wxa16_stream.gemm_stream, given, 90, TYPES, num_warps=warps, num_stages=stages)
     registers, stack = resources(made, tmp_path)
     _, loop = code_of(made, tmp_path, "HGMMA")
@@ -337,8 +335,3 @@ def test_decoding_to_memory_and_early_launch(capability: int, tmp_path: Path) ->
         num_warps=4,
     )
     assert resources(made, tmp_path)[1] == 0 and "st.global.v4" in made.asm["ptx"]
-    if capability == 90:
-        chosen = constants("int4", "bf16", 128, 8, 64, 1, 4, 90, PDL=True)
-        made = compile_kernel(_wxa16.gemm, chosen, 90, TYPES, num_warps=4, num_stages=3, launch_pdl=True)
-        ptx = made.asm["ptx"]
-        assert ptx.index("prefetch.global.L2") < ptx.index("griddepcontrol.wait") < ptx.index("cp.async")

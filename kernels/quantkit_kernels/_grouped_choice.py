@@ -13,7 +13,7 @@ from dataclasses import replace
 from quantkit_kernels import layout
 from quantkit_kernels._w8a8_choice import Config
 from quantkit_kernels._w8a8_choice import choose as choose_dense_8
-from quantkit_kernels.choice import SHARED, Choice, Gpu, Problem, fitted, heuristic, shared_bytes
+from quantkit_kernels.choice import SHARED, Choice, Gpu, Problem, fitted, portable, shared_bytes
 
 FEW = 2  # rows of an expert for which a tile of 8 is the fastest
 MANY = 512  # rows of an expert from which a tile of 256 leaves few of its rows empty
@@ -56,8 +56,8 @@ def choose(problem: Problem, experts: int, gpu: Gpu) -> Choice:
 def _choose(one: Problem, active: int, gpu: Gpu) -> Choice:
     """For `active` experts with a tile of one.m rows each: as for one weight with all their rows."""
     dense = one._replace(n=active * one.n)
-    found = heuristic(dense, gpu)
-    found = replace(found, pdl=False, split=max(1, found.split))
+    found = portable(dense, gpu)
+    found = replace(found, split=max(1, found.split))
     return fitted(_filling(found, one, active, gpu) if one.m <= 16 else found, one, gpu)
 
 

@@ -54,24 +54,6 @@ def line_pointers(
 
 
 @triton.jit
-def prefetch_lines(
-    w_ptr: tl.tensor,
-    row: tl.tensor,
-    line: tl.tensor,
-    n_padded: tl.tensor,
-    n_lines: tl.tensor,
-    CODE: tl.constexpr,
-) -> None:
-    """Asks for the first 8 lines of some rows, so that they are on their way to the L2 cache."""
-    stride = n_padded.to(tl.int64) * (24 if CODE == "u3" else 16)
-    for i in tl.static_range(8):
-        at = w_ptr + tl.minimum(line + i, n_lines - 1) * stride + row * 16
-        tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [at.to(tl.int64)], tl.int32, is_pure=False, pack=1
-        )
-
-
-@triton.jit
 def line_scales(at: tl.tensor, n_padded: tl.tensor, WIDTH: tl.constexpr) -> tl.tensor:
     """The word with the scale of each code word of a line: (ROWS, 16), or (ROWS, 1) where it is one word.
 
@@ -279,7 +261,6 @@ def gemm(
     EVEN: tl.constexpr,
     BIAS: tl.constexpr,
     GLOBAL: tl.constexpr,
-    PDL: tl.constexpr,
     MMA_SYNC: tl.constexpr,
 ) -> None:
     """One tile of y, BM tokens by BN rows of W, or SPLIT's part of its sum.
@@ -295,10 +276,6 @@ def gemm(
     begin = tl.program_id(1) * each
     end = tl.minimum(begin + each, tl.cdiv(n_lines, UNROLL))
     x_at = x_ptr + token.to(tl.int64)[:, None] * x_stride + (begin * UNROLL * LINE + tl.arange(0, LINE))[None, :]
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        prefetch_lines(w_ptr, words_row, begin * UNROLL, n_padded, n_lines, CODE)
-        tl.extra.cuda.gdc_wait()  # what comes before may still be at work on x and the workspace, not on the weight
     acc = product(
         x_at, exists, w_ptr, s_ptr, z_ptr, words_row, sums_row, begin, end, n_padded, k, n_lines,
         CODE, DT, SCALE, LINE, GROUP, SPAN, WIDTH, FIELDS, ZERO, HOW, WHERE, ASM, UNROLL, WARPS, EVEN, MMA_SYNC,

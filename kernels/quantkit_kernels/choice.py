@@ -52,7 +52,6 @@ class Choice:
               one scale a row, and there always taken
     group_m   token tiles that go over the rows together, 0: one after the other
     slab      "dequant": bytes of decoded weight at once
-    pdl       launched while the kernel before it is still running (programmatic dependent launch)
     """
 
     path: str = "gemm"
@@ -65,7 +64,6 @@ class Choice:
     where: str = "before"
     group_m: int = 0
     slab: int = 40_000_000
-    pdl: bool = False
 
 
 class Problem(NamedTuple):
@@ -128,13 +126,19 @@ def table_key(problem: Problem) -> str:
 
 def heuristic(problem: Problem, gpu: Gpu) -> Choice:
     """A configuration from the sizes alone; figures are the starting points of kernels/LOG.md, not measurements."""
+    m = problem.m
+    if m < 128 or not hopper_fits(problem, gpu):
+        return portable(problem, gpu)
+    rounds = -(-problem.n // 128) * -(-m // 256) / gpu.sms
+    found = hopper_tile(256, 128, 8) if m > 128 and rounds > 0.9 else hopper_tile(128, 128, 8)
+    return replace(found, group_m=4 if m > found.block_m else 0)
+
+
+def portable(problem: Problem, gpu: Gpu) -> Choice:
+    """As `heuristic`, of the paths that every GPU and every kind of weight has."""
     form, m = layout.get(problem.kind), problem.m
     steps = max(1, 128 // form.line)  # lines that make 128 columns
     many = gpu.capability in (90, 100, 103)
-    if m >= 128 and hopper_fits(problem, gpu):
-        rounds = -(-problem.n // 128) * -(-m // 256) / gpu.sms
-        found = hopper_tile(256, 128, 8) if m > 128 and rounds > 0.9 else hopper_tile(128, 128, 8)
-        return replace(found, group_m=4 if m > found.block_m else 0)
     if m >= (768 if form.bits == 8 else 1024) // (1 if many else 4):
         return Choice(path="dequant")
     if m <= 8:
@@ -187,7 +191,7 @@ def fitted(choice: Choice, problem: Problem, gpu: Gpu) -> Choice:
     """The choice, with what the problem or the GPU does not allow put right: where, split, stages, tokens."""
     form = layout.get(problem.kind)
     if choice.path == "hopper" and not hopper_fits(problem, gpu):
-        choice = replace(heuristic(problem, gpu), pdl=choice.pdl)
+        choice = portable(problem, gpu)
     where = choice.where
     if problem.group == 0:
         where = "end"
@@ -313,7 +317,7 @@ def neighbours(choice: Choice, problem: Problem, gpu: Gpu) -> list[Choice]:
     if choice.split:
         found += [replace(choice, split=split) for split in range(max(1, choice.split - 2), choice.split + 4)]
     found += [replace(choice, split=0)]
-    found += [replace(choice, where="group"), replace(choice, pdl=True), replace(choice, unroll=2 * choice.unroll)]
+    found += [replace(choice, where="group"), replace(choice, unroll=2 * choice.unroll)]
     found += [replace(choice, group_m=g) for g in ((0, 2, 4, 8, 16) if problem.m > choice.block_m else ())]
     fit = dict.fromkeys(fitted(one, problem, gpu) for one in found)
     return [one for one in fit if one != choice]

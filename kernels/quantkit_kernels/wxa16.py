@@ -293,7 +293,7 @@ def _gemm(
         return
     from quantkit_kernels import _wxa16
 
-    options |= {"SPLIT": choice.split, "PDL": choice.pdl} | ({"launch_pdl": True} if choice.pdl else {})
+    options["SPLIT"] = choice.split
     _wxa16.gemm[(tiles, choice.split)](*arguments, **options, **fixed)
 
 
