@@ -6,13 +6,14 @@ from collections.abc import Mapping
 
 import torch
 
+from quantkit_kernels._launch import launch
 from quantkit_kernels.choice import Choice
 from quantkit_kernels.layout import Packed
 
 USED = ("DT", "SCALE", "GROUP", "SPAN", "WIDTH", "FIELDS", "HOW", "ASM", "GLOBAL")  # of wxa16.constants
 
 
-def launch(
+def launch_hopper(
     choice: Choice,
     programs: int,
     x: torch.Tensor,
@@ -39,7 +40,7 @@ def launch(
     y_block = [min(64, choice.block_m), choice.block_n if copied else 128]
     y_blocks = TensorDescriptor.from_tensor(out if copied else x, y_block, swizzled)
     part = torch.empty(programs * choice.block_m * choice.block_n, dtype=torch.float32, device=x.device)
-    _wxa16_hopper.gemm_hopper[(programs,)](
+    arguments = (
         x_blocks,
         y_blocks,
         packed.codes,
@@ -53,14 +54,11 @@ def launch(
         packed.n,
         packed.codes.shape[1],
         packed.codes.shape[0],
-        WHERE=choice.where,
-        BM=choice.block_m,
-        BN=choice.block_n,
-        STAGES=choice.stages,
-        GROUP_M=choice.group_m,
-        WARPS=choice.warps,
-        BIAS=bias is not None,
-        COPIED=copied,
-        num_warps=choice.warps,
-        **{name: constants[name] for name in USED},
     )
+    options: dict[str, object] = {name: constants[name] for name in USED}
+    options |= {"WHERE": choice.where, "BM": choice.block_m, "BN": choice.block_n, "STAGES": choice.stages}
+    options |= {"GROUP_M": choice.group_m, "WARPS": choice.warps, "BIAS": bias is not None, "COPIED": copied}
+    options["num_warps"] = choice.warps
+    kind = (packed.kind, packed.scale_dtype, packed.n, packed.k, packed.group)
+    key = (kind, choice, x.dtype, bias is None or bias.dtype, out.dtype, copied)
+    launch(_wxa16_hopper.gemm_hopper, (programs,), arguments, options, key)

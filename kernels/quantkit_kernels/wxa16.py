@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 
 from quantkit_kernels import layout
+from quantkit_kernels._launch import direct, launch
 from quantkit_kernels.choice import Choice, Problem, choose, exact_scale, gpu_of, mma_sync, resident
 from quantkit_kernels.layout import Packed
 
@@ -39,8 +40,10 @@ def linear(
     order: MaybeTensor = None,
     counters: MaybeTensor = None,
 ) -> torch.Tensor:
-    """`wxa16_linear` of a Packed."""
+    """`wxa16_linear` of a Packed; where nothing traces or differentiates, without the dispatcher, which costs time."""
     p = packed
+    if direct(x, bias):
+        return _run(x, p, bias, order, counters)
     return wxa16_linear(
         x, p.codes, p.scale, p.zero, p.global_scale, bias, order, counters, p.kind, p.scale_dtype, p.n, p.k, p.group
     )
@@ -164,14 +167,18 @@ def _cuda(
     group: int,
 ) -> torch.Tensor:
     packed = Packed(kind, n, k, group, 1, scale_dtype, codes, scale, zero, global_scale)
-    gpu = gpu_of(x.device)
+    return _run(x, packed, bias, order, counters)
+
+
+def _run(x: torch.Tensor, packed: Packed, bias: MaybeTensor, order: MaybeTensor, counters: MaybeTensor) -> torch.Tensor:
+    p, gpu = packed, gpu_of(x.device)
     if x.dtype not in FLOATS or gpu.capability < 80:
         return wxa16_linear_reference(
-            x, codes, scale, zero, global_scale, bias, order, counters, kind, scale_dtype, n, k, group
+            x, p.codes, p.scale, p.zero, p.global_scale, bias, order, counters, p.kind, p.scale_dtype, p.n, p.k, p.group
         )
     _check(x, packed, bias, order, counters)
-    tokens = x.numel() // max(k, 1)
-    choice = choose(Problem(kind, scale_dtype, n, k, group, tokens, FLOATS[x.dtype]), gpu)
+    tokens = x.numel() // max(p.k, 1)
+    choice = choose(Problem(p.kind, p.scale_dtype, p.n, p.k, p.group, tokens, FLOATS[x.dtype]), gpu)
     return run_with(choice, x, packed, bias, order, counters)
 
 
@@ -285,16 +292,17 @@ def _gemm(
         lines,
         x.stride(0),
     )
-    fixed = constants(packed, x.dtype, choice.where, assembly)
+    options |= constants(packed, x.dtype, choice.where, assembly)
+    key = (problem._replace(m=0), choice, x.stride(0), bias is None or bias.dtype, out.dtype, assembly)
     if choice.split == 0:
         from quantkit_kernels import _wxa16_stream
 
-        _wxa16_stream.gemm_stream[(programs,)](*arguments, **options, **fixed)
+        launch(_wxa16_stream.gemm_stream, (programs,), arguments, options, key)
         return
     from quantkit_kernels import _wxa16
 
     options["SPLIT"] = choice.split
-    _wxa16.gemm[(tiles, choice.split)](*arguments, **options, **fixed)
+    launch(_wxa16.gemm, (tiles, choice.split), arguments, options, key)
 
 
 def _hopper(
@@ -306,7 +314,7 @@ def _hopper(
     out: torch.Tensor,
     assembly: bool,
 ) -> None:
-    from quantkit_kernels._hopper_launch import launch
+    from quantkit_kernels._hopper_launch import launch_hopper
 
     if not assembly:
         raise ValueError("the kernel for Hopper has no plain twin of its assembly")
@@ -316,7 +324,7 @@ def _hopper(
     programs = resident(choice, problem, gpu_of(x.device))
     if counters is None or counters.numel() < min(tiles, programs):
         counters = torch.zeros(min(tiles, programs), dtype=torch.int32, device=x.device)
-    launch(choice, programs, x, packed, bias, counters, out, constants(packed, x.dtype, choice.where, assembly))
+    launch_hopper(choice, programs, x, packed, bias, counters, out, constants(packed, x.dtype, choice.where, assembly))
 
 
 def decode_rows(packed: Packed, first: int, out: torch.Tensor, *, assembly: bool = True) -> None:

@@ -60,21 +60,18 @@ class Product(nn.Module):
             weight = self._plain(x.dtype)
             return F.linear(x, weight, None if self.bias is None else self.bias.to(x.dtype))
         held = self.held
-        y = wxa16.wxa16_linear(
-            x,
+        packed = layout.Packed(
+            held.kind,
+            *held.shape,
+            held.group,
+            1,
+            held.scale_dtype,
             self.codes,
             self.scale,
             self._get("zero"),
             self._global_scale(),
-            self.bias,
-            self._get("order"),
-            self.counters,
-            held.kind,
-            held.scale_dtype,
-            *held.shape,
-            held.group,
         )
-        return y
+        return wxa16.linear(x, packed, self.bias, self._get("order"), self.counters)
 
     def _on_codes(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """Inputs as codes, times the weight's."""
