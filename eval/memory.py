@@ -103,7 +103,7 @@ def flat(out: Path, device: str, hidden: int, inner: int) -> None:
             recipe = {
                 "model": str(folder),
                 "validate": "none",
-                "calibration": {"samples": 32, "length": 256},
+                "calibration": {"samples": 16, "length": 256, "batch_size": 4},
                 **RECIPES[name],
             }
             x = measured(recipe, out / "quantized", device)

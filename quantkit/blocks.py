@@ -280,17 +280,27 @@ def run(
 def first_row(batch: Batch, index: int) -> Batch:
     """A batch of the first row alone, for block `index` only."""
     rows = batch.hidden.shape[0]
-
-    def cut(value: Any) -> Any:
-        if isinstance(value, torch.Tensor):
-            return value[:1] if value.ndim > 1 and value.shape[0] == rows else value
-        if isinstance(value, tuple | list):
-            return type(value)(cut(v) for v in value)
-        return {k: cut(v) for k, v in value.items()} if isinstance(value, dict) else value
-
-    args, kwargs = batch.calls[index]
-    calls = [*batch.calls[:index], (cut(args), cut(kwargs))]
+    calls = [*batch.calls[:index], _rows_of(batch.calls[index], slice(1), rows)]
     return Batch(batch.hidden[:1], batch.mask[:1], calls)
+
+
+def cut(batch: Batch, rows: int) -> list[Batch]:
+    """A batch in parts of at most so many rows: views, nothing is copied."""
+    count = batch.hidden.shape[0]
+    if count <= rows:
+        return [batch]
+    parts = [slice(start, start + rows) for start in range(0, count, rows)]
+    fields = (batch.hidden, batch.mask, batch.calls, batch.dense, batch.onward)
+    return [Batch(*_rows_of(fields, part, count)) for part in parts]
+
+
+def _rows_of(value: Any, part: slice, count: int) -> Any:
+    """Those rows of every tensor that has one for each of the `count` rows of a batch, in whatever holds them."""
+    if isinstance(value, torch.Tensor):
+        return value[part] if value.ndim > 1 and value.shape[0] == count else value
+    if isinstance(value, tuple | list):
+        return type(value)(_rows_of(v, part, count) for v in value)
+    return {k: _rows_of(v, part, count) for k, v in value.items()} if isinstance(value, dict) else value
 
 
 def store(x: torch.Tensor, place: torch.Tensor | None) -> torch.Tensor:

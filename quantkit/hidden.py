@@ -40,15 +40,16 @@ def place(size: int, wanted: str, device: torch.device, progress: Progress) -> C
     free, _ = torch.cuda.mem_get_info(device)
     host = wanted == "host" or (wanted == "auto" and size > free * SHARE)
     progress.say(f"hidden states: {size / 2**30:.1f} GiB, on the {'host' if host else 'GPU'} between blocks")
-    return _host if host else _stay
+    return to_host if host else _stay
 
 
 def _stay(x: torch.Tensor) -> torch.Tensor:
     return x
 
 
-def _host(x: torch.Tensor) -> torch.Tensor:
-    return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x)
+def to_host(x: torch.Tensor) -> torch.Tensor:
+    """A copy in page-locked memory of the host, which a GPU reads and writes without waiting."""
+    return torch.empty(x.shape, dtype=x.dtype, pin_memory=torch.cuda.is_available()).copy_(x)
 
 
 def save(

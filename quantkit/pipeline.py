@@ -41,6 +41,7 @@ from quantkit import (
 )
 from quantkit.checkpoint import DTYPES
 from quantkit.errors import InputError
+from quantkit.fitting import Fitting
 from quantkit.inventory import account
 from quantkit.journal import Journal
 from quantkit.plan import Linear, Plan, outside, tokenizer, whole
@@ -66,6 +67,7 @@ class Run:
     profile: Profile
     ranks: Ranks
     finished: Finished
+    fitting: Fitting
     found: Report = field(default_factory=Report)
 
     def record(self, found: solve.Solved) -> None:
@@ -109,7 +111,8 @@ def quantize(
         output.empty(folder)  # nothing that is there was finished
     size = plan.recipe.export.shard_bytes
     writer = ShardWriter(folder, plan.specs, size, shards, finished.written) if ranks.first else shares.Nowhere()
-    run = Run(plan, writer, device, dtype, progress, profile or Profile(device, on=False), ranks, finished)
+    fitting = Fitting(plan.recipe.calibration.batch_size, hidden.to_host, progress, ranks.alone)
+    run = Run(plan, writer, device, dtype, progress, profile or Profile(device, on=False), ranks, finished, fitting)
     try:
         if finished.blocks:
             progress.say(finished.told(len(plan.structure.blocks)))
@@ -131,6 +134,7 @@ def quantize(
         "layers": finished.report.layers,
         "folds": finished.report.folds,
         "experts": finished.report.experts,
+        "memory": finished.report.memory,
         "files": files,
         "tensors": account(plan, folder, files).to_dict(),
     }
@@ -148,7 +152,7 @@ def _calibrated(run: Run, rows: calibration.Rows) -> None:
         progress.item(block.index + 1, block.name)
         run.found, heard = Report(), len(progress.warnings)
         _block(run, block, batches)
-        run.found.warnings = progress.warnings[heard:]
+        run.found.warnings, run.found.memory = progress.warnings[heard:], run.fitting.take()
         progress.doing("make durable")
         with run.profile("make durable"):
             finished.block(run.writer, run.found, [] if block is left[-1] else batches)
@@ -236,29 +240,53 @@ def _to_blocks(run: Run, rows: calibration.Rows) -> list[blocks.Batch]:
     ghost.tie()
     for buffer in ghost.model.buffers():
         buffer.data = buffer.data.to(run.device)
-    pairs = [x.split(plan.recipe.calibration.batch_size) for x in (rows.ids_RL, rows.mask_RL)]
-    mine = run.ranks.share(zip(*pairs, strict=True))
     width = ghost.model.config.get_text_config().hidden_size
     size = rows.ids_RL.numel() // run.ranks.size * width * run.dtype.itemsize * (3 if plan.carries_dense else 1)
     keep = hidden.place(size, plan.recipe.calibration.hidden, run.device, run.progress)
-    on_device = ((i.to(run.device), m.to(run.device)) for i, m in mine)
-    batches = blocks.begin(ghost, plan.structure, on_device, keep)
-    if plan.carries_dense:
-        for batch in batches:
-            batch.dense, batch.onward = keep(batch.hidden), keep(batch.hidden)
+    run.fitting.on_host = keep is hidden.to_host
+
+    def begin() -> list[blocks.Batch]:
+        pairs = [x.split(run.fitting.rows) for x in (rows.ids_RL, rows.mask_RL)]
+        mine = run.ranks.share(zip(*pairs, strict=True))
+        on_device = ((i.to(run.device), m.to(run.device)) for i, m in mine)
+        there = hidden.to_host if run.fitting.on_host else keep
+        found = blocks.begin(ghost, plan.structure, on_device, there)
+        for batch in found if plan.carries_dense else ():
+            batch.dense, batch.onward = there(batch.hidden), there(batch.hidden)
+        return found
+
+    batches = run.fitting.attempt("embeddings", [], begin)
     ghost.unload(names)
+    run.fitting.again(run.finished.report.memory, batches)
     run.finished.load(batches)
     return batches
 
 
 def _block(run: Run, block: blocks.Block, batches: list[blocks.Batch]) -> None:
     """One block: observe, rewrite, quantize, write, and run on with the decoded weights."""
+    names = run.plan.skeleton.parameters(block.name + ".")
+    solved, peaks = run.fitting.attempt(block.name, batches, lambda: _rounded(run, block, names, batches))
+    if peaks is not None:
+        _write_kv(run, block, peaks)
+    with run.profile("write"):
+        _write(run, names, solved)
+    if block.index + 1 < len(run.plan.structure.blocks):
+        run.progress.doing("run with quantized weights")
+        with run.profile("propagate"):
+            _run_on(run, block, batches)
+    run.plan.skeleton.unload(names)
+
+
+def _rounded(
+    run: Run, block: blocks.Block, names: list[str], batches: list[blocks.Batch]
+) -> tuple[dict[str, solve.Solved], kv_cache.Peaks | None]:
+    """Observes, rewrites and rounds a block. Changes neither the hidden states before it nor the output."""
     plan, ghost, profile = run.plan, run.plan.skeleton, run.profile
-    names = ghost.parameters(block.name + ".")
+    run.found = Report()  # of an earlier try nothing counts
+    ghost.unload(names)
     ghost.checkpoint.expect(plan.reading, block.index + 1)
     with profile("read"):
         shares.load(ghost, names, run.device, run.dtype, run.ranks)
-    module = ghost.model.get_submodule(block.name)
     if plan.rotation is not None:
         with profile("transform"):
             folding.check_rotation(plan, plan.rotation, block, batches[0], run.device)
@@ -271,19 +299,26 @@ def _block(run: Run, block: blocks.Block, batches: list[blocks.Batch]) -> None:
             run.found.folds += folding.fold(plan, block, batches[0], seen, run.progress, run.ranks)
         with profile("observe"):
             _observe_folded(run, block, batches, seen, peaks)
-    if peaks is not None:
-        _write_kv(run, block, peaks)
-    solved = _solve(run, block, batches, seen)
-    with profile("write"):
-        _write(run, names, solved)
-    last = block.index + 1 == len(plan.structure.blocks)
-    if not last:
-        run.progress.doing("run with quantized weights")
-        with profile("propagate"):
-            for batch in batches:
-                batch.hidden = blocks.store(blocks.run(module, batch, block.index), batch.hidden)
-                batch.dense, batch.onward = batch.onward, batch.dense
-    ghost.unload(names)
+    run.fitting.solving = not hasattr(plan.recipe.method.module, "quantize_block")
+    return _solve(run, block, batches, seen), peaks
+
+
+def _run_on(run: Run, block: blocks.Block, batches: list[blocks.Batch]) -> None:
+    """The hidden states after a block, batch by batch; those that are through stay so when memory runs out."""
+    module = run.plan.skeleton.model.get_submodule(block.name)
+    done: list[blocks.Batch] = []
+    left = list(batches)
+
+    def rest() -> None:
+        while left:
+            batch = left[0]
+            batch.hidden = blocks.store(blocks.run(module, batch, block.index), batch.hidden)
+            batch.dense, batch.onward = batch.onward, batch.dense
+            done.append(left.pop(0))
+
+    run.fitting.attempt(block.name, left, rest)
+    batches[:] = done
+    run.fitting.apply(batches)
 
 
 def _observe(

@@ -34,6 +34,7 @@ class Report:
     experts: dict[str, int] = field(default_factory=dict)
     kv_scales: dict[str, list[float]] = field(default_factory=lambda: {"k_scale": [], "v_scale": []})
     warnings: list[str] = field(default_factory=list)
+    memory: list[dict[str, Any]] = field(default_factory=list)
 
     def add(self, other: Report) -> None:
         """Appends that of later blocks."""
@@ -41,6 +42,7 @@ class Report:
         self.folds += other.folds
         self.experts |= other.experts
         self.warnings += other.warnings
+        self.memory += other.memory
         for side, found in other.kv_scales.items():
             self.kv_scales[side] += found
 

@@ -190,6 +190,7 @@ def _summary(plan: planning.Plan, done: dict[str, Any]) -> dict[str, Any]:
         "layers": done["layers"],
         "folds": done["folds"],
         "experts": done["experts"],
+        "memory": done["memory"],
         "not_quantized": [{"name": x.name, "reason": x.reason} for x in plan.dense],
         "copied_tensors": plan.skeleton.unknown,
         "files": done["files"],

@@ -74,6 +74,7 @@ LAYERS = (
         "quantkit.tuning",
         "quantkit.pipeline",
         "quantkit.streaming",
+        "quantkit.fitting",
         "quantkit.inventory",
         "quantkit.allocation",
         "quantkit.repair",
