@@ -2,10 +2,11 @@
 
     python eval/speed_ranks.py --ranks 1 2 [--layers 6] [--out ranks.json]
 
-Starts itself under torchrun, once for each number of ranks, on the same random weights and the same calibration rows
-(128 of 2048 tokens, real text). A layer's time is that between the beginnings of two blocks on rank 0, the median over
-layers but the first, which compiles, and the last; as in speed_gptq.py. The outputs of all runs must be the same bytes:
-that is checked first, and no speed-up is printed otherwise. `--device cpu` tries it out.
+Starts itself under torchrun, on the same random weights and the same calibration rows (128 of 2048 tokens, real text):
+once for each number of ranks without a journal, which measures the arithmetic and what the ranks send each other, and
+once with it, as `quantkit quantize` runs, where the disk takes each block's hidden states. A layer's time is that
+between the beginnings of two blocks on rank 0: the median over layers but the first, which compiles, and the last. All
+runs must write the same bytes: no speed-up is printed otherwise. `--device cpu` tries it out.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import argparse
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -22,9 +24,12 @@ from typing import Any
 
 import torch
 
-from quantkit import api
+from quantkit import api, pipeline
+from quantkit import plan as planning
 from quantkit.joining import joined
+from quantkit.profile import Profile
 from quantkit.progress import Silent
+from quantkit.recipe import Recipe
 from speed_gptq import GPTQ, TEXT, Clock, Shape, build, layer_seconds, wait
 
 
@@ -39,32 +44,47 @@ def work(args: argparse.Namespace) -> None:
     }
     clock = Clock()
     with joined(args.device) as ranks:
-        out = args.work / f"out-{ranks.size}"
         progress = clock if ranks.first else Silent()
-        api.quantize(recipe, out=out, device=args.device, profile=args.profile, progress=progress, ranks=ranks)
+        out = args.work / name(ranks.size, args.journal)
+        if args.journal == "on":
+            api.quantize(recipe, out=out, device=args.device, profile=args.profile, progress=progress, ranks=ranks)
+        else:
+            place = api.pick_device(args.device)
+            if ranks.first:
+                out.mkdir()
+            timed = Profile(place, on=args.profile)
+            plan = planning.make(Recipe.from_any(recipe))
+            pipeline.quantize(plan, out, device=place, progress=progress, profile=timed, ranks=ranks)
+            clock.said += timed.lines()
         wait()
         peaks = ranks.everyone(torch.cuda.max_memory_allocated() / 2**30 if args.device == "cuda" else None)
         if ranks.first:
-            line = {"ranks": ranks.size, **layer_seconds(clock.times), "gpu_gib": peaks, "said": clock.said}
-            (args.work / f"{ranks.size}.json").write_text(json.dumps(line), "utf-8")
+            line = {"ranks": ranks.size, "journal": args.journal, **layer_seconds(clock.times)}
+            (args.work / f"{out.name}.json").write_text(json.dumps({**line, "gpu_gib": peaks, "said": clock.said}))
 
 
-def start(count: int, args: argparse.Namespace) -> dict[str, Any]:
+def name(count: int, journal: str) -> str:
+    return f"out-{count}-{journal}"
+
+
+def start(count: int, journal: str, args: argparse.Namespace) -> dict[str, Any]:
     """Runs `work` in so many processes; what rank 0 measured. Raises RuntimeError with what they said."""
     path = os.pathsep.join(p for p in sys.path if p)
     environment = {**os.environ, "PYTHONPATH": path}
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count), __file__]
     options = {"rows": args.rows, "length": args.length, "batch-size": args.batch_size, "device": args.device}
-    command += ["--work", str(args.work), *(f"--{key}={value}" for key, value in options.items())]
+    command += ["--work", str(args.work), "--journal", journal, *(f"--{key}={value}" for key, value in options.items())]
     command += ["--profile"] * args.profile
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=args.limit)
     if done.returncode:
         raise RuntimeError(f"{count} ranks: exit code {done.returncode}: {done.stderr[-3000:]}")
-    line: dict[str, Any] = json.loads((args.work / f"{count}.json").read_text("utf-8"))
+    out = args.work / name(count, journal)
+    line: dict[str, Any] = json.loads((args.work / f"{out.name}.json").read_text("utf-8"))
     digest = hashlib.sha256()
-    for file in sorted((args.work / f"out-{count}").glob("*.safetensors")):
+    for file in sorted(out.glob("*.safetensors")):
         digest.update(file.read_bytes())
+    shutil.rmtree(out)
     return {**line, "sha256": digest.hexdigest()}
 
 
@@ -75,14 +95,17 @@ def report(lines: list[dict[str, Any]]) -> str:
         memory = (
             "" if line["gpu_gib"][0] is None else f", GPU peak {', '.join(f'{x:.2f}' for x in line['gpu_gib'])} GiB"
         )
-        said.append(f"{line['ranks']} ranks: {line['layer']:.3f} s a layer {line['layers']}{memory}")
+        said.append(
+            f"{line['ranks']} ranks, journal {line['journal']}: {line['layer']:.3f} s a layer {line['layers']}{memory}"
+        )
         said += [f"  {x}" for x in line["said"] if line.get("profile")]
-    first = lines[0]
-    for line in lines[1:]:
-        if line["sha256"] != first["sha256"]:
-            said.append(f"{line['ranks']} ranks wrote other bytes than {first['ranks']}: no speed-up is given")
-        else:
-            said.append(f"{line['ranks']} ranks, the same bytes: {first['layer'] / line['layer']:.2f} times as fast")
+    for line in lines:
+        first = next(x for x in lines if x["journal"] == line["journal"])
+        what = f"{line['ranks']} ranks, journal {line['journal']}"
+        if line["sha256"] != lines[0]["sha256"]:
+            said.append(f"{what}: other bytes than {lines[0]['ranks']} ranks wrote, so no speed-up is given")
+        elif line is not first:
+            said.append(f"{what}: the same bytes, {first['layer'] / line['layer']:.2f} times as fast")
     return "\n".join(said)
 
 
@@ -97,6 +120,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--journal", choices=("off", "on", "both"), default="both")
     parser.add_argument("--profile", action="store_true", help="where the time of rank 0 goes; costs a little")
     parser.add_argument("--limit", type=float, default=300, help="seconds a run may take")
     parser.add_argument("--out", type=Path, help="results, a JSON list")
@@ -112,7 +136,8 @@ def main() -> None:
         )
         if args.device == "cuda":
             torch.cuda.empty_cache()
-        lines = [{**start(count, args), "profile": args.profile} for count in args.ranks]
+        journals = ("off", "on") if args.journal == "both" else (args.journal,)
+        lines = [{**start(count, x, args), "profile": args.profile} for x in journals for count in args.ranks]
     print(report(lines), flush=True)
     if args.out:
         args.out.write_text(json.dumps(lines, indent=1) + "\n", "utf-8")
