@@ -98,7 +98,7 @@ def report(lines: list[dict[str, Any]]) -> str:
         said.append(
             f"{line['ranks']} ranks, journal {line['journal']}: {line['layer']:.3f} s a layer {line['layers']}{memory}"
         )
-        said += [f"  {x}" for x in line["said"] if line.get("profile")]
+        said += [f"  {x}" for x in line["said"] if line.get("profile") and "%" in x]
     for line in lines:
         first = next(x for x in lines if x["journal"] == line["journal"])
         what = f"{line['ranks']} ranks, journal {line['journal']}"

@@ -65,7 +65,7 @@ def _fail(code: int, message: str) -> NoReturn:
     if os.environ.get("QUANTKIT_DEBUG") == "1":
         traceback.print_exc()
     rank = os.environ.get("RANK", "0") if is_launched() else "0"
-    print(f"error: rank {rank}: {message}" if rank != "0" else f"error: {message}", file=sys.stderr)
+    print(f"error: rank {rank}: {message}" if rank != "0" and code != 130 else f"error: {message}", file=sys.stderr)
     if is_launched():
         leave(code)
     raise typer.Exit(code)

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 BUCKET = 1 << 26  # bytes: smaller tensors travel together
 LOAD = 1 << 28  # bytes on their way at once
+ALIGNED = 512  # bytes, as torch aligns tensors: where one lies can decide by which kernel it is multiplied, so its bits
 
 
 @dataclass(frozen=True)
@@ -273,7 +274,7 @@ def _put_back(flat: torch.Tensor, bucket: Sequence[torch.Tensor]) -> None:
 
 
 def _places(specs: Mapping[int, Sequence[tuple[Any, tuple[int, ...]]]]) -> tuple[dict[int, list[tuple[int, int]]], int]:
-    """Where each tensor lies among bytes, aligned for any dtype: first byte and length; and the length of all."""
+    """Where each tensor lies among bytes: first byte and length; and the length of all."""
     places: dict[int, list[tuple[int, int]]] = {}
     at = 0
     for i in sorted(specs):
@@ -281,5 +282,5 @@ def _places(specs: Mapping[int, Sequence[tuple[Any, tuple[int, ...]]]]) -> tuple
         for dtype, shape in specs[i]:
             count = dtype.itemsize * math.prod(shape)
             places[i].append((at, count))
-            at += -(-count // 16) * 16
+            at += -(-count // ALIGNED) * ALIGNED
     return places, at
