@@ -32,7 +32,7 @@ stats.BLOCK = 48
 with joining.joined("cpu") as group:
     for name, recipe in json.load(open(sys.argv[1])).items():
         api.quantize(recipe, out=f"{sys.argv[2]}/{name}", device="cpu", ranks=group)
-print("rank", group.rank, "is done")
+sys.stdout.write(f"rank {group.rank} is done\\n")  # as one piece: others write into the same pipe
 """
 
 
