@@ -147,7 +147,7 @@ KILLED = "os.kill(os.getpid(), signal.SIGKILL)"
 
 
 def ended(
-    tmp_path: Path, fault: str, faulty: int = 1, count: int = 2, block: int = 1, out: str = "out", **model: int
+    tmp_path: Path, fault: str, faulty: int = 1, count: int = 2, block: int = 1, out: str = "out", **model: Any
 ) -> tuple[str, str]:
     """What a run says of which one rank fails at a block, and the launcher's summary of who ended how."""
     if not (tmp_path / "model").exists():
