@@ -453,3 +453,49 @@ def test_the_difference_of_a_scaled_weight_is_that_of_torch(scales: Any, symmetr
     found = scales.rounding_difference(w, s, q.scale_NG, q.zero_NG, group_size=24, bits=3, dtype=torch.float32)
     rounded = numerics.dequantize(numerics.quantize(w, q, scheme))
     assert torch.allclose(found, (rounded - w) / s, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        TensorScheme("int4", "group", 16, True),
+        TensorScheme("int4", "group", 16, False),
+        TensorScheme("int3", "channel", None, True),
+        TensorScheme("mxfp4", "group", 32, True),
+        TensorScheme("fp8_e4m3", "tensor", None, True),
+    ],
+    ids=lambda s: f"{s.number}-{s.strategy}-{s.symmetric}",
+)
+def test_several_problems_at_once_are_each_what_they_are_alone(gptq: Any, scheme: TensorScheme) -> None:
+    """Each with its own Hessian and its own order of columns; rows that fill no tile."""
+    n, k, count = 5, 64, 3
+    each = [inputs(n, k, seed=i) for i in range(count)]
+    each = [(w * (i + 1), hessian.roll((i, i), (0, 1))) for i, (w, hessian) in enumerate(each)]
+    orders = [torch.argsort(h.diagonal(), descending=True) for _, h in each]
+    assert not torch.equal(orders[0], orders[1])
+    factors = []
+    for (_, hessian), order in zip(each, orders):
+        upper = torch.linalg.cholesky(hessian[order][:, order].flip(0, 1)).flip(0, 1)
+        factors.append(upper / upper.diagonal())
+    given = [quantized(w, scheme) for w, _ in each]
+    parts = [plain(q) for q in given]
+    span, refit = parts[0][2], scheme.strategy in ("group", "channel") and scheme.number.startswith("int")
+    stack = {"w": torch.stack([w for w, _ in each]), "hessian": torch.stack([h for _, h in each])}
+    scale = torch.stack([part[0] for part in parts])
+    zero = None if parts[0][1] is None else torch.stack([part[1] for part in parts if part[1] is not None])
+    t = tuning(gptq)
+    for order in (None, torch.stack(orders)):
+        found = gptq.ldlq(stack["w"], scale, zero, torch.stack(factors), order, scheme.number, span=span, tuning=t)
+        better, moved = gptq.refine(
+            stack["w"], found, scale, zero, stack["hessian"], scheme.number, span=span, sweeps=2, refit=refit, tuning=t
+        )
+        for i, (w, hessian) in enumerate(each):
+            one = None if order is None else orders[i]
+            z = None if zero is None else zero[i]
+            alone = gptq.ldlq(w, scale[i], z, factors[i], one, scheme.number, span=span, tuning=t)
+            assert alone.dtype == found.dtype and (value_of(alone, given[i]) != value_of(found[i], given[i])).sum() <= 3
+            again, scales = gptq.refine(
+                w, found[i], scale[i], z, hessian, scheme.number, span=span, sweeps=2, refit=refit, tuning=t
+            )
+            assert (value_of(again, given[i]) != value_of(better[i], given[i])).sum() <= 3
+            assert torch.allclose(scales, moved[i], rtol=1e-4)

@@ -32,6 +32,7 @@ def columns(
     width: tl.tensor,
     start_stride: tl.tensor,
     matrix_stride: tl.tensor,
+    matrix_batch: tl.tensor,
     w_stride: tl.tensor,
     scale_stride: tl.tensor,
     zero_stride: tl.tensor,
@@ -53,12 +54,16 @@ def columns(
 ) -> None:
     """One block of `width` columns. All pointers are to its first column, rows `*_stride` apart.
 
+    Grid: rows of a problem, problems. Problem i has the rows from i n on, and its own matrix, `matrix_batch` apart.
     GPTQ       code = nearest(total / s); carry = w - decoded, which is also what the loop outside needs
     DESCENT    code = nearest((decoded + total / H_jj) / s); carry = old - new decoded; delta = w - new decoded
     scale and zero are spread, one for every column: side by side, or the compiler would lay out all else for a gather
     """
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = row < n
+    problem = tl.program_id(1).to(tl.int64)
+    row += problem * n
+    matrix_ptr += problem * matrix_batch
     local = tl.arange(0, SUB)
     for first in range(0, width, SUB):
         column = first + local
@@ -128,6 +133,7 @@ def refit(
     first_group: tl.tensor,
     gradient_stride: tl.tensor,
     hessian_stride: tl.tensor,
+    hessian_batch: tl.tensor,
     w_stride: tl.tensor,
     code_stride: tl.tensor,
     scale_stride: tl.tensor,
@@ -153,10 +159,13 @@ def refit(
     c    elements of a group, so that decoded = c * s;  g = (w - decoded) H
     s += c·g / (c H c), rounded to its stored dtype, kept where that lowers the error
     Writes scale, delta = w - decoded, and carry = its change. Scale and zero
-    pointers are to their first column, the block's first group is number `first_group`.
+    pointers are to their first column, the block's first group is number `first_group`. Grid as for `columns`.
     """
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = row < n
+    problem = tl.program_id(1).to(tl.int64)
+    row += problem * n
+    hessian_ptr += problem * hessian_batch
     column = tl.arange(0, WIDTH)
     exists = column < width
     here = inside[:, None] & exists[None, :]

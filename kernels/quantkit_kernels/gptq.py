@@ -13,10 +13,13 @@ Against the same steps in torch: for the same sums, codes, decoded values and co
 the last bit. The sums differ, as those of any two ways to add: in float32 about 1 code in 10 000 differs, in TF32 a few
 in 1000, and the objective by some 1e-4 of itself.
 
+Several problems of one shape, such as the experts of a layer, can be solved at once: then every tensor has one more
+dimension in front. A program is busy with its columns one after the other, so a small weight leaves a GPU mostly idle.
+
 Memory beyond the arguments: `ldlq` the weight in the order of the columns and D, both (N, K) float32; `refine` D and
 two panels.
 
-    w_NK          (N, K) float32 on a GPU
+    w_NK          (N, K) float32 on a GPU, or (B, N, K)
     codes_NK      (N, K): int8 of integers and mxint8, uint8 of mxfp4, nvfp4 and mxfp6, else float8
     scale_NG      (N, G), or (1, G) for all rows; float, finite, not 0, everything divided in. Column j belongs to
                   scale j // span
@@ -55,21 +58,44 @@ class Tuning:
 
 @dataclass
 class _Problem:
-    """What the steps share, on one device, with strides that the kernels take."""
+    """What the steps share, on one device, with strides that the kernels take. Rows of all problems lie together."""
 
-    w: torch.Tensor
+    count: int  # of problems
+    w: torch.Tensor  # (B N, K)
     codes: torch.Tensor  # int8, whatever they stand for
     scale: torch.Tensor  # (N, G) float32
     zero: torch.Tensor | None
     span: int
     number: _numbers.Number
     tuning: Tuning
-    group: torch.Tensor  # (K,) int64, the scale of each column
+    group: torch.Tensor  # (K,) int64, the scale of each column; (B, K) where problems have orders of their own
+
+    @property
+    def rows(self) -> int:
+        """Rows of one problem."""
+        return self.w.shape[0] // self.count
 
     def spread(self, columns: slice) -> tuple[torch.Tensor, torch.Tensor]:
         """Scale and zero point of each of some columns, side by side; without zero points the scale twice."""
-        scale = self.scale.index_select(1, self.group[columns])
-        return scale, scale if self.zero is None else self.zero.index_select(1, self.group[columns])
+        scale = self._spread(self.scale, columns)
+        return scale, scale if self.zero is None else self._spread(self.zero, columns)
+
+    def _spread(self, t: torch.Tensor, columns: slice) -> torch.Tensor:
+        if self.group.ndim == 1:
+            return t.index_select(1, self.group[columns])
+        return self.by_problem(t).gather(2, self.group[:, None, columns].expand(-1, self.rows, -1)).flatten(0, 1)
+
+    def by_problem(self, t: torch.Tensor) -> torch.Tensor:
+        """Rows of all problems -> (B, N, ...), without copying."""
+        return t.unflatten(0, (self.count, self.rows))
+
+    def product(self, a: torch.Tensor, b_BKL: torch.Tensor, base: torch.Tensor | None = None) -> torch.Tensor:
+        """a b of each problem, plus `base`."""
+        if self.count == 1:
+            return a @ b_BKL[0] if base is None else torch.addmm(base, a, b_BKL[0])
+        a = self.by_problem(a)
+        found = a @ b_BKL if base is None else torch.baddbmm(self.by_problem(base), a, b_BKL)
+        return found.flatten(0, 1)
 
 
 def available(device: torch.device | str) -> bool:
@@ -97,23 +123,24 @@ def ldlq(
     """
     problem = _problem(w_NK, None, scale_NG, zero_NG, factor_KK, number, span, tuning or Tuning())
     if order_K is not None:
-        problem.w = problem.w.index_select(1, order_K)
-        problem.group = problem.group.index_select(0, order_K)
-    w, block, factor = problem.w, problem.tuning.block, factor_KK.contiguous()  # Cholesky's columns lie side by side
+        problem.w = _ordered(problem, problem.w, order_K)
+        problem.group = problem.group[order_K]
+    w, block = problem.w, problem.tuning.block
+    factor = factor_KK.contiguous().view(problem.count, w.shape[1], -1)  # Cholesky's columns lie side by side
     delta = torch.empty_like(w)
     with products(allow_tf32):
         for left, right in _pieces(0, w.shape[1], problem.tuning.panel):
             target = w[:, left:right]
             if left:
-                target = torch.addmm(target, delta[:, :left], factor[:left, left:right])
+                target = problem.product(delta[:, :left], factor[:, :left, left:right], target)
             spread = problem.spread(slice(left, right))
             for start, stop in _pieces(left, right, block):
                 sums = target[:, start - left : stop - left]
                 if start > left:
-                    sums = torch.addmm(sums, delta[:, left:start], factor[left:start, start:stop])
+                    sums = problem.product(delta[:, left:start], factor[:, left:start, start:stop], sums)
                 _columns(problem, left, start, stop, spread, sums, factor, delta[:, start:stop], None)
-    found = problem.codes if order_K is None else problem.codes.index_select(1, torch.argsort(order_K))
-    return found.view(problem.number.dtype)
+    found = problem.codes if order_K is None else _ordered(problem, problem.codes, torch.argsort(order_K, -1))
+    return found.view(w_NK.shape).view(problem.number.dtype)
 
 
 def refine(
@@ -141,10 +168,11 @@ def refine(
     problem = _problem(w_NK, codes_NK, scale_NG, zero_NG, hessian_KK, number, span, tuning or Tuning())
     if refit:
         stored_name(scale_NG.dtype)  # raises
-        if scale_NG.shape[0] != w_NK.shape[0]:
+        if scale_NG.shape[-2] != w_NK.shape[-2]:
             raise ValueError(f"scales {tuple(scale_NG.shape)} that rows share cannot be refitted row by row")
         problem.scale = problem.scale.clone(memory_format=torch.contiguous_format)
-    hessian, delta = hessian_KK.contiguous(), _residual(problem, slice(None))
+    hessian = hessian_KK.contiguous().view(problem.count, problem.w.shape[1], -1)
+    delta = _residual(problem, slice(None))
     with products(allow_tf32):
         for _ in range(sweeps):
             if refit and span in REFIT_SPANS and problem.tuning.block % span == 0:
@@ -152,22 +180,22 @@ def refine(
             elif refit:
                 _refit_byproducts(problem, hessian, delta, scale_NG.dtype)
             _over_blocks(problem, hessian, delta, None)
-    scale = problem.scale.to(scale_NG.dtype) if refit else scale_NG
-    return problem.codes.view(problem.number.dtype), scale
+    scale = problem.scale.to(scale_NG.dtype).view(scale_NG.shape) if refit else scale_NG
+    return problem.codes.view(w_NK.shape).view(problem.number.dtype), scale
 
 
 def _over_blocks(p: _Problem, hessian: torch.Tensor, delta: torch.Tensor, refit: torch.dtype | None) -> None:
     """One pass over all columns, `delta` kept up to date: new scales with `refit`, else new codes."""
     k = p.w.shape[1]
     for left, right in _pieces(0, k, p.tuning.panel):
-        panel = delta @ hessian[:, left:right]
+        panel = p.product(delta, hessian[:, :, left:right])
         changed = torch.empty_like(panel)  # what this pass has added to delta in this panel
         spread = p.spread(slice(left, right)) if refit is None else None
         for start, stop in _pieces(left, right, p.tuning.block):
             here = slice(start - left, stop - left)
             gradient = panel[:, here]
             if start > left:
-                gradient = torch.addmm(gradient, changed[:, : start - left], hessian[left:start, start:stop])
+                gradient = p.product(changed[:, : start - left], hessian[:, left:start, start:stop], gradient)
             if spread is not None:
                 _columns(p, left, start, stop, spread, gradient, hessian, changed[:, here], delta[:, start:stop])
             elif refit is not None:
@@ -191,11 +219,11 @@ def _columns(
     """
     from quantkit_kernels import _columns as kernels
 
-    n, tuning = p.w.shape[0], p.tuning
-    w, codes, corner = p.w[:, start:stop], p.codes[:, start:stop], matrix[start:stop, start:stop]
+    n, tuning = p.rows, p.tuning
+    w, codes, corner = p.w[:, start:stop], p.codes[:, start:stop], matrix[:, start:stop, start:stop]
     scale, zero = (t[:, start - left : stop - left] for t in spread)
     with torch.cuda.device_of(w):
-        kernels.columns[(-(-n // tuning.rows),)](
+        kernels.columns[(-(-n // tuning.rows), p.count)](
             sums,
             corner,
             w,
@@ -207,6 +235,7 @@ def _columns(
             n,
             stop - start,
             sums.stride(0),
+            corner.stride(1),
             corner.stride(0),
             w.stride(0),
             scale.stride(0),
@@ -239,10 +268,10 @@ def _refit(
     """The kernel for the scales of columns [start, stop)."""
     from quantkit_kernels import _columns as kernels
 
-    n, t = p.w.shape[0], p.tuning
-    w, codes, corner = p.w[:, start:stop], p.codes[:, start:stop], hessian[start:stop, start:stop]
+    n, t = p.rows, p.tuning
+    w, codes, corner = p.w[:, start:stop], p.codes[:, start:stop], hessian[:, start:stop, start:stop]
     with torch.cuda.device_of(w):
-        kernels.refit[(-(-n // t.refit_rows),)](
+        kernels.refit[(-(-n // t.refit_rows), p.count)](
             gradient,
             corner,
             w,
@@ -255,6 +284,7 @@ def _refit(
             stop - start,
             start // p.span,
             gradient.stride(0),
+            corner.stride(1),
             corner.stride(0),
             w.stride(0),
             codes.stride(0),
@@ -281,8 +311,8 @@ def _refit_byproducts(p: _Problem, hessian: torch.Tensor, delta: torch.Tensor, d
     for j, (start, stop) in enumerate(_pieces(0, k, p.span)):
         part = slice(start, stop)
         c = _residual(p, part, elements=True)
-        slope = (c * (delta @ hessian[:, part])).sum(1)
-        curvature = ((c @ hessian[part, part]) * c).sum(1)
+        slope = (c * p.product(delta, hessian[:, :, part])).sum(1)
+        curvature = (p.product(c, hessian[:, part, part]) * c).sum(1)
         old = p.scale[:, j]
         new = torch.where(curvature > 0, old + slope / curvature, old).to(dtype).float()
         step = new - old
@@ -296,9 +326,20 @@ def _pieces(start: int, stop: int, size: int) -> list[tuple[int, int]]:
     return [(left, min(left + size, stop)) for left in range(start, stop, size)]
 
 
+def _ordered(p: _Problem, t: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """The columns of each problem's rows in its order: (K,), or (B, K)."""
+    if order.ndim == 1:
+        return t.index_select(1, order)
+    return p.by_problem(t).gather(2, order[:, None].expand(-1, p.rows, -1)).flatten(0, 1)
+
+
 def _rows(t: torch.Tensor, n: int) -> torch.Tensor:
-    """One row of scales a row of the weight, float32, each row's side by side; rows that share them share memory."""
-    return t.float().contiguous().expand(n, -1)
+    """One row of scales a row of the weight, float32, each row's side by side; rows that share them share memory.
+
+    Those of several problems, (B, N or 1, G), on top of each other.
+    """
+    t = t.float().contiguous()
+    return t.expand(n, -1) if t.ndim == 2 else t.expand(-1, n, -1).reshape(-1, t.shape[-1])
 
 
 def _problem(
@@ -312,13 +353,16 @@ def _problem(
     tuning: Tuning,
 ) -> _Problem:
     """Checks shapes and dtypes before they can be read wrongly. Raises ValueError with the measured ones."""
-    n, k = w.shape
-    if w.dtype != torch.float32 or matrix.dtype != torch.float32 or tuple(matrix.shape) != (k, k):
+    (n, k), front = w.shape[-2:], tuple(w.shape[:-2])
+    if w.dtype != torch.float32 or matrix.dtype != torch.float32 or tuple(matrix.shape) != (*front, k, k):
         raise ValueError(
             f"w is {w.dtype} {tuple(w.shape)}, the matrix {matrix.dtype} {tuple(matrix.shape)}; "
             f"expected float32 (N, K) and (K, K)"
         )
-    if span < 1 or tuple(scale.shape) not in ((n, -(-k // span)), (1, -(-k // span))):
+    if span < 1 or tuple(scale.shape) not in (
+        (*front, n, -(-k // span)),
+        (*front, 1, -(-k // span)),
+    ):
         raise ValueError(
             f"scales are {tuple(scale.shape)}; {k} columns, {span} a scale, need ({n} or 1, {-(-k // max(span, 1))})"
         )
@@ -326,14 +370,16 @@ def _problem(
         raise ValueError(f"zero points are {tuple(zero.shape)}, scales {tuple(scale.shape)}")
     form = _numbers.get(number)
     if codes is None:
-        work = torch.empty(n, k, dtype=torch.int8, device=w.device)
+        work = torch.empty(w.shape, dtype=torch.int8, device=w.device)
     elif codes.dtype != form.dtype or codes.shape != w.shape:
         raise ValueError(f"codes are {codes.dtype} {tuple(codes.shape)}; {number} has {form.dtype} {tuple(w.shape)}")
     else:
         work = codes.contiguous().view(torch.int8).clone()
     fine = _rows(scale, n)
     group = torch.arange(k, device=w.device) // span
-    return _Problem(w.contiguous(), work, fine, None if zero is None else _rows(zero, n), span, form, tuning, group)
+    shift = None if zero is None else _rows(zero, n)
+    count, flat = (front or (1,))[0], w.contiguous().view(-1, k)
+    return _Problem(count, flat, work.view(-1, k), fine, shift, span, form, tuning, group)
 
 
 def _residual(p: _Problem, part: slice, elements: bool = False) -> torch.Tensor:
