@@ -155,4 +155,9 @@ CASES: tuple[Case, ...] = (
     Case("moe-gptq", ours(MOE, "W4A16", "gptq"), MOE_GPTQ),
     Case("moe-gptq-routed", ours(MOE, "W4A16", "gptq", expert_prior=0.0), MOE_GPTQ[:1]),
     Case("moe-awq-rtn", ours(MOE, "W4A16", "rtn", AWQ), (peer(MOE, "W4A16", "rtn", "awq"),)),
+    Case("moe-awq-gptq", ours(MOE, "W4A16", "gptq", AWQ)),
+    Case("moe-mxfp4-rtn", ours(MOE, "MXFP4A16", "rtn")),
+    Case("moe-mxfp4-gptq", ours(MOE, "MXFP4A16", "gptq")),
+    Case("moe-mxfp4-awq-rtn", ours(MOE, "MXFP4A16", "rtn", AWQ)),
+    Case("moe-mxfp4-awq-gptq", ours(MOE, "MXFP4A16", "gptq", AWQ)),
 )

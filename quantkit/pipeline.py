@@ -381,20 +381,23 @@ def _solve(
 
 
 def _solve_each(run: Run, block: blocks.Block, seen: observation.Observed) -> list[solve.Solved]:
-    """Layers that share an input together, one such group after the other; frees their statistics."""
+    """Layers that share an input together, and experts of one shape at once; frees their statistics."""
     linears, model = run.plan.linears, run.plan.skeleton.model
     owners = shares.owners(block, run.plan, run.ranks.size)
     stacks: list[list[Linear]] = []
-    found: dict[int, list[solve.Solved]] = {}
-    for k, group in enumerate(block.groups, 1):
-        run.progress.doing(f"quantize {k}/{len(block.groups)}")
+    tasks: dict[int, solve.Task] = {}  # of this rank
+    for group in block.groups:
         for alike in solve.by_scheme([linears[m] for m in group if linears[m].scheme is not None]):
             if owners[group[0]] == run.ranks.rank:
                 weights = [model.get_submodule(x.module).weight for x in alike]
-                found[len(stacks)] = solve.solve(run.plan, alike, weights, seen.stats.get(alike[0].module))
+                tasks[len(stacks)] = solve.Task(alike, weights, seen.stats.get(alike[0].module))
             stacks.append(alike)
         for m in group:
             seen.stats.pop(m, None)
+    found: dict[int, list[solve.Solved]] = {}
+    for places in solve.together(run.plan, tasks):
+        run.progress.doing(f"quantize {len(found) + 1}/{len(found) + len(tasks)}")
+        found |= zip(places, solve.solve_many(run.plan, [tasks.pop(i) for i in places]), strict=True)
     return shares.exchange(stacks, found, run.ranks, run.device)
 
 

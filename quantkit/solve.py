@@ -7,7 +7,7 @@ tensor that they share, as engines that fuse them want it.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,9 @@ from quantkit.errors import InputError
 from quantkit.numerics._activations import Magnitudes
 from quantkit.plan import Linear, Plan, short
 from quantkit.types import Notes, QParams, QuantizedTensor, Stats, TensorScheme
-from quantkit_kernels.gptq import products
+from quantkit_kernels.gptq import available, products
+
+AT_ONCE = 2 << 30  # bytes that are spent on solving several layers at once
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,66 @@ def solve(plan: Plan, layers: Sequence[Linear], weights: Sequence[torch.Tensor],
         finish(plan, layer, weight, part, stats, notes)
         for layer, weight, part in zip(layers, weights, parts, strict=True)
     ]
+
+
+@dataclass
+class Task:
+    """What `solve` takes: layers of one scheme that read one input, their weights and that input's statistics."""
+
+    layers: Sequence[Linear]
+    weights: Sequence[torch.Tensor]
+    stats: Stats | None
+
+    def size(self) -> int:
+        """Bytes that it takes to solve: matrices of the size of H, and of the weight."""
+        n, k = sum(x.shape[0] for x in self.layers), self.layers[0].shape[1]
+        return 4 * (5 * k * k + 8 * n * k)
+
+
+def together(plan: Plan, tasks: Mapping[int, Task]) -> list[list[int]]:
+    """Which tasks are solved at once, by their places: those of one shape and scheme, where the method can on a GPU.
+
+    How many does not depend on what memory is free: the bytes of an output must not.
+    """
+    kinds: dict[Any, list[int]] = {}
+    many = hasattr(plan.recipe.method.module, "quantize_many") and not getattr(
+        plan.recipe.method_options, "pre_shift", 0
+    )
+    for i, task in tasks.items():
+        shapes = tuple(x.shape for x in task.layers)
+        alone = not many or not available(task.weights[0].device)
+        kinds.setdefault(i if alone else (shapes, task.layers[0].scheme, task.layers[0].dtype), []).append(i)
+    found = []
+    for places in kinds.values():
+        most = max(1, AT_ONCE // tasks[places[0]].size())
+        found += [places[start : start + most] for start in range(0, len(places), most)]
+    return sorted(found)
+
+
+def solve_many(plan: Plan, tasks: Sequence[Task]) -> list[list[Solved]]:
+    """`solve` of tasks of one shape and scheme, at once. Raises InputError naming the layers."""
+    if len(tasks) == 1:
+        return [solve(plan, tasks[0].layers, tasks[0].weights, tasks[0].stats)]
+    first = tasks[0].layers[0]
+    assert first.scheme is not None
+    notes = [Notes() for _ in tasks]
+    try:
+        codes = plan.recipe.method.module.quantize_many(
+            [torch.cat([w.float() for w in task.weights]) for task in tasks],
+            first.scheme.weights,
+            [task.stats for task in tasks],
+            options=plan.recipe.method_options,
+            scale_dtype=scale_dtype(plan, first),
+            notes=notes,
+        )
+    except InputError as e:
+        raise InputError(f"{first.name} to {tasks[-1].layers[-1].name}: {e}") from None
+    found = []
+    for task, q, told in zip(tasks, codes, notes, strict=True):
+        parts = split(q, [x.shape[0] for x in task.layers])
+        each = zip(task.layers, task.weights, parts, strict=True)
+        found.append([finish(plan, layer, weight, part, task.stats, told) for layer, weight, part in each])
+    return found
 
 
 def finish(

@@ -6,6 +6,8 @@ TF32: a few codes in a thousand differ, the objective by 1e-4 of itself.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from quantkit import numerics
@@ -21,6 +23,50 @@ def columns(
     """Codes (N, K) by GPTQ's loop; as `gptq._columns`, with `factor_KK` unit upper triangular in the order given."""
     scale, zero, span = _scales(qparams, scheme, w_NK.shape)
     return kernels.ldlq(w_NK, scale, zero, factor_KK, order_K, scheme.number, span=span)
+
+
+def columns_many(
+    w_BNK: torch.Tensor,
+    qparams: Sequence[QParams],
+    scheme: TensorScheme,
+    factor_BKK: torch.Tensor,
+    order_BK: torch.Tensor | None,
+) -> torch.Tensor:
+    """`columns` of several weights of one shape at once: codes (B, N, K)."""
+    scale, zero, span = _stacked(qparams, scheme, w_BNK.shape[1:])
+    return kernels.ldlq(w_BNK, scale, zero, factor_BKK, order_BK, scheme.number, span=span)
+
+
+def refine_many(
+    w_BNK: torch.Tensor, given: Sequence[QuantizedTensor], hessian_BKK: torch.Tensor, *, sweeps: int, refit: bool
+) -> list[QuantizedTensor]:
+    """`refine` of several weights of one shape and scheme at once."""
+    qparams, scheme = [q.qparams for q in given], given[0].scheme
+    scale, zero, span = _stacked(qparams, scheme, w_BNK.shape[1:])
+    if refit:
+        scale = torch.stack([q.scale_NG for q in qparams])
+    codes, scale = kernels.refine(
+        w_BNK,
+        torch.stack([q.codes_NK for q in given]),
+        scale,
+        zero,
+        hessian_BKK,
+        scheme.number,
+        span=span,
+        sweeps=sweeps,
+        refit=refit,
+    )
+    kept = [QParams(scale[i], q.zero_NG) if refit else q for i, q in enumerate(qparams)]
+    return [QuantizedTensor(codes[i], q, scheme) for i, q in enumerate(kept)]
+
+
+def _stacked(
+    qparams: Sequence[QParams], scheme: TensorScheme, shape: torch.Size
+) -> tuple[torch.Tensor, torch.Tensor | None, int]:
+    """`_scales` of several, (B, N or 1, G)."""
+    each = [_scales(q, scheme, shape) for q in qparams]
+    zeros = [zero for _, zero, _ in each if zero is not None]
+    return torch.stack([scale for scale, _, _ in each]), torch.stack(zeros) if zeros else None, each[0][2]
 
 
 def refine(w_NK: torch.Tensor, q: QuantizedTensor, hessian_KK: torch.Tensor, *, sweeps: int, refit: bool) -> QParams:

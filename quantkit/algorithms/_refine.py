@@ -29,16 +29,17 @@ def refine(
     qparams, codes = q.qparams, q.codes_NK.clone()
     if _kernels.available(w_NK.device):
         copy = QuantizedTensor(codes, qparams, q.scheme)
-        qparams = _kernels.refine(w_NK, copy, hessian, sweeps=sweeps, refit=_refits(q))
+        qparams = _kernels.refine(w_NK, copy, hessian, sweeps=sweeps, refit=refits(q))
         return QuantizedTensor(codes, qparams, q.scheme)
     for _ in range(sweeps):
-        if _refits(q):
+        if refits(q):
             qparams = _scales(w_NK, QuantizedTensor(codes, qparams, q.scheme), hessian)
         _codes(w_NK, codes, QuantizedTensor(codes, qparams, q.scheme), hessian, block_size)
     return QuantizedTensor(codes, qparams, q.scheme)
 
 
-def _refits(q: QuantizedTensor) -> bool:
+def refits(q: QuantizedTensor) -> bool:
+    """Whether its scales may change: plain floats, one for a row or a group of columns."""
     plain = q.qparams.scale_NG.dtype in (torch.float32, torch.float16, torch.bfloat16)
     return plain and q.qparams.global_scale is None and q.scheme.strategy in ("channel", "group")
 

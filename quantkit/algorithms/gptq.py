@@ -21,6 +21,8 @@ Memory beyond W and H: one factor (K, K), the scales spread to (N, K), and the r
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -28,7 +30,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from quantkit import numerics
 from quantkit.algorithms import _kernels, _weights
-from quantkit.algorithms._refine import refine
+from quantkit.algorithms._refine import refine, refits
 from quantkit.errors import InputError
 from quantkit.types import Notes, QParams, QuantizedTensor, Stats, TensorScheme
 
@@ -84,6 +86,83 @@ def quantize(
     Rows do not influence each other, so linears that share an input may be stacked along N and split afterwards:
     they then share one factorisation. Raises InputError when the statistics are missing or not finite.
     """
+    ready = _prepared(w_NK, scheme, stats, options, scale_dtype, notes)
+    w, qparams = ready.w, ready.qparams
+    if ready.factor is None:
+        return numerics.quantize(w, qparams, scheme)
+    q = QuantizedTensor(_columns(w, qparams, scheme, ready.factor, ready.order, options.block_size), qparams, scheme)
+    ready.factor = None  # memory for the same matrix, damped
+    if options.sweeps:
+        q = refine(w, q, ready.damped(), sweeps=options.sweeps, block_size=options.block_size)
+    return q
+
+
+def quantize_many(
+    weights: Sequence[torch.Tensor],
+    scheme: TensorScheme,
+    stats: Sequence[Stats | None],
+    *,
+    options: Options,
+    scale_dtype: torch.dtype,
+    notes: Sequence[Notes],
+) -> list[QuantizedTensor]:
+    """`quantize` of several weights of one shape, each with its own statistics and notes: the experts of a layer.
+
+    On a GPU at once, which takes the time of one as long as they are small; the memory of one for each.
+    Raises InputError as `quantize`, with the number of the weight in front.
+    """
+    ready = []
+    for i, (w, own, told) in enumerate(zip(weights, stats, notes, strict=True)):
+        try:
+            ready.append(_prepared(w, scheme, own, options, scale_dtype, told))
+        except InputError as e:
+            raise InputError(f"number {i} of {len(weights)}: {e}") from None
+    whole = [x for x in ready if x.factor is not None]
+    if whole:
+        w = torch.stack([x.w for x in whole])
+        factors = torch.stack([x.factor for x in whole if x.factor is not None])
+        orders = [x.order for x in whole if x.order is not None]
+        codes = _kernels.columns_many(
+            w, [x.qparams for x in whole], scheme, factors, torch.stack(orders) if orders else None
+        )
+        for x in whole:
+            x.factor = None
+        del factors
+        found = [QuantizedTensor(codes[i], x.qparams, scheme) for i, x in enumerate(whole)]
+        if options.sweeps:
+            damped = torch.stack([x.damped() for x in whole])
+            found = _kernels.refine_many(w, found, damped, sweeps=options.sweeps, refit=refits(found[0]))
+    done = iter(found if whole else ())
+    return [next(done) if x in whole else numerics.quantize(x.w, x.qparams, scheme) for x in ready]
+
+
+@dataclass(eq=False)
+class _Ready:
+    """All that the loop over columns needs. factor: unit upper triangular, None when H cannot be factored."""
+
+    w: torch.Tensor
+    hessian: torch.Tensor
+    order: torch.Tensor | None
+    factor: torch.Tensor | None
+    added: float
+    qparams: QParams
+
+    def damped(self) -> torch.Tensor:
+        """H as it was factored, columns as stored."""
+        damped = _revived(self.hessian)
+        damped.diagonal().add_(self.added)
+        return damped
+
+
+def _prepared(
+    w_NK: torch.Tensor,
+    scheme: TensorScheme,
+    stats: Stats | None,
+    options: Options,
+    scale_dtype: torch.dtype,
+    notes: Notes,
+) -> _Ready:
+    """The order of the columns, the factor of H and the scales."""
     if stats is None or stats.gram_KK is None:
         raise InputError("gptq needs calibration data: the mean of x xᵀ of this layer's inputs is missing")
     hessian = stats.gram_KK.float()
@@ -96,16 +175,9 @@ def quantize(
         w = _shifted(w, stats, factored[0], order, options.pre_shift)
     qparams = _scales(w, scheme, importance, options, scale_dtype)
     if factored is None:
-        return numerics.quantize(w, qparams, scheme)
+        return _Ready(w, hessian, order, None, 0.0, qparams)
     upper, added = factored
-    factor = upper.div_(upper.diagonal().clone())
-    q = QuantizedTensor(_columns(w, qparams, scheme, factor, order, options.block_size), qparams, scheme)
-    del factored, upper, factor  # memory for the same matrix, damped
-    if options.sweeps:
-        damped = _revived(hessian)
-        damped.diagonal().add_(added)
-        q = refine(w, q, damped, sweeps=options.sweeps, block_size=options.block_size)
-    return q
+    return _Ready(w, hessian, order, upper.div_(upper.diagonal().clone()), added, qparams)
 
 
 def _scales(
