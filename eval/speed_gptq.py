@@ -2,6 +2,7 @@
 
     python eval/speed_gptq.py --out speed.json [--peer-path SITE] [--budget 520]
     python eval/speed_gptq.py --read speed.json --plot speed.svg
+    python eval/speed_gptq.py --model qwen3-30b-a3b --out moe.json        one layer of a mixture of 128 experts, by part
 
 Weights are random, in bfloat16, the calibration rows are real text (128 rows of 2048 tokens). Nothing is read from a
 network. The vocabulary is small: embeddings are no part of a layer. Every case is timed from where quantkit's progress
@@ -47,16 +48,25 @@ AWQ: dict[str, Any] = {"scheme": "W4A16_ASYM", "method": "rtn", "transforms": [{
 
 @dataclass(frozen=True)
 class Shape:
-    """A model's dimensions; a mixture when it has experts, each `intermediate` wide, two of them active."""
+    """A model's dimensions; a mixture when it has experts, each `intermediate` wide, `active` of them a token's.
+
+    heads  0: as many as fill the hidden size
+    """
 
     hidden: int = 4096
     intermediate: int = 14336
     layers: int = 4
     experts: int = 0
     head_dim: int = 128
+    heads: int = 0
+    active: int = 2
+
+    @property
+    def all_heads(self) -> int:
+        return self.heads or self.hidden // self.head_dim
 
     def config(self) -> PretrainedConfig:
-        heads = self.hidden // self.head_dim
+        heads = self.all_heads
         common: dict[str, Any] = {
             "vocab_size": VOCABULARY,
             "hidden_size": self.hidden,
@@ -77,15 +87,14 @@ class Shape:
             intermediate_size=self.intermediate,
             moe_intermediate_size=self.intermediate,
             num_experts=self.experts,
-            num_experts_per_tok=2,
+            num_experts_per_tok=self.active,
             norm_topk_prob=True,
             architectures=["Qwen3MoeForCausalLM"],
         )
 
     def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Name on disk and shape of every tensor; vectors are norms."""
-        d, width = self.head_dim, self.hidden
-        heads = width // d
+        d, width, heads = self.head_dim, self.hidden, self.all_heads
         kv = max(1, heads // 4)
         yield "model.embed_tokens.weight", (VOCABULARY, width)
         yield "model.norm.weight", (width,)
@@ -157,6 +166,15 @@ def cases(main: Shape, rows: int, length: int, *, peer: bool) -> list[Case]:
         options = {"scheme": "W4A16_ASYM", "method": "rtn", "transform": "awq"}
         found.append(Case("llm-compressor awq", "peer", small, options, rows // 4, length, tool="llm-compressor"))
     return found
+
+
+MODELS = {"qwen3-30b-a3b": Shape(2048, 768, 3, experts=128, heads=32, active=8)}
+
+
+def mixture(shape: Shape, rows: int, length: int) -> list[Case]:
+    """A mixture's layers, once as they are and once with the time of each part."""
+    base = Case("gptq", "methods", shape, rows=rows, length=length)
+    return [base, replace(base, name="gptq, where the time goes", group="profile", profile=True)]
 
 
 def build(shape: Shape, folder: Path, device: str) -> None:
@@ -315,6 +333,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--read", type=Path, help="results of an earlier run, to plot")
     parser.add_argument("--plot", type=Path, help="where the plot goes (.svg)")
     parser.add_argument("--only", nargs="+", metavar="GROUP", help="methods, hidden, profile, peer, whole, tokens, ...")
+    parser.add_argument("--model", choices=[*MODELS], help="layers of this model's dimensions instead of all cases")
+    parser.add_argument("--experts", type=int, help="with --model: fewer experts, for a small machine")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--hidden", type=int, default=4096)
     parser.add_argument("--intermediate", type=int, default=14336)
@@ -332,7 +352,11 @@ def arguments() -> argparse.Namespace:
 def work_through(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     """All cases within the budget; the file of results is complete after each."""
     main = Shape(args.hidden, args.intermediate, args.layers, head_dim=args.head_dim)
-    wanted = cases(main, args.rows, args.length, peer=args.peer_path is not None)
+    if args.model:
+        shape = MODELS[args.model]
+        wanted = mixture(replace(shape, experts=args.experts or shape.experts), args.rows, args.length)
+    else:
+        wanted = cases(main, args.rows, args.length, peer=args.peer_path is not None)
     lines: list[dict[str, Any]] = []
     known: dict[str, dict[str, Any]] = {}  # several groups share a point: it is measured once
     start = time.monotonic()

@@ -64,6 +64,7 @@ class Experts(nn.Module):
         self.__dict__["fused"] = fused
         self.all_tokens = False
         self._routed: tuple[torch.Tensor, ...] = ()
+        self._chosen: torch.Tensor | None = None  # where each token comes once for each expert: rows that are no zeros
 
     def forward(
         self,
@@ -101,7 +102,8 @@ class Experts(nn.Module):
         rows = hidden_states.view(self.num_experts, -1, self.width)
         chosen = (rows != 0).any(-1)
         self._routed = tuple(which.nonzero().flatten() for which in chosen)
-        given = hidden_states[chosen.reshape(-1)]  # all that were chosen, expert after expert
+        self._chosen = chosen.reshape(-1)
+        given = hidden_states[self._chosen]  # all that were chosen, expert after expert
         out, first = torch.zeros_like(rows), 0
         for e, tokens in enumerate(self._routed):
             last = first + len(tokens)
@@ -150,6 +152,12 @@ class Experts(nn.Module):
         """What the down projection of expert `e` reads for x (M, H): (M, I). Hooks on its linears are not called."""
         linears = self._linears(e)
         return self._gate([linears[name].forward(x) for name in self.ups])
+
+    def rows(self, e: int, mask: torch.Tensor) -> torch.Tensor:
+        """The mask of all tokens -> that of the rows (M,) that expert `e` reads in the call under way."""
+        if not self.all_tokens:
+            return mask.reshape(-1)[self.routed(e)]
+        return mask.reshape(-1) if self._chosen is None else mask.reshape(-1).repeat(self.num_experts)[self._chosen]
 
     def routed(self, e: int) -> torch.Tensor:
         """The tokens (T_e,) that reach expert `e` in the call under way, or the last one: int64, rising."""

@@ -44,6 +44,7 @@ def observe(
     *,
     peaks: kv_cache.Peaks | None = None,
     prior: float = 1.0,
+    all_experts: bool = False,
     ranks: Ranks = ALONE,
     owners: Mapping[str, int] | None = None,
 ) -> Observed:
@@ -52,12 +53,13 @@ def observe(
     needs  statistics by name of linear; those with none are left out
     peaks  takes keys and values too, when their scales are wanted
     prior  weight of what all tokens would give an expert, in tokens per input channel
+    all_experts  every expert is observed on all tokens, whatever the router chooses
     ranks  who else runs the block: each has every size-th batch, as `share` in the pipeline deals them
     owners the rank that gets the statistics of a group, by its first linear
     Where a batch carries the dense model's hidden states, they are taken through the block as well (`Batch.onward`).
     Raises InputError naming the linear whose input holds NaN or Inf.
     """
-    seen = _Seen(model, block, batches, needs, ranks, owners or {})
+    seen = _Seen(model, block, batches, needs, ranks, owners or {}, all_experts)
     module = model.get_submodule(block.name)
     for batch in batches:
         dense: dict[str, torch.Tensor] = {}
@@ -93,8 +95,9 @@ class _Seen:
         needs: Mapping[str, frozenset[str]],
         ranks: Ranks,
         owners: Mapping[str, int],
+        all_experts: bool,
     ) -> None:
-        self.model, self.ranks = model, ranks
+        self.model, self.ranks, self.all_experts = model, ranks, all_experts
         sizes = ranks.everyone([len(batches), sum(batch.mask.numel() for batch in batches)])
         self.rounds = max(count for count, _ in sizes)
         self.device = batches[0].mask.device
@@ -121,6 +124,7 @@ class _Seen:
         self.where = {key: owners.get(key, 0) for key in self.needs}
         self.strips = _divided(self.needs, self.widths, self.where, ranks.size)
         self.observers = {key: self._observer(key) for key in self.needs if ranks.rank in self.strips[key]}
+        self.routed: dict[str, int] = dict.fromkeys(self.owner, 0)  # tokens that the router gave, with all_experts
         self._waiting: list[Parcel] = []
 
     def _observer(self, key: str) -> Observer:
@@ -138,23 +142,35 @@ class _Seen:
     def watching(self, batch: blocks.Batch, dense: Mapping[str, torch.Tensor]) -> Iterator[None]:
         """Everything that runs meanwhile is observed, as one batch."""
 
+        whole = bool(batch.mask.all())  # asked once: an answer of a GPU is waited for
+
         def see(name: str, x: torch.Tensor) -> None:
             mask = batch.mask
             if name in self.owner:
                 experts = self.experts[self.owner[name]]
-                mask = mask.reshape(-1)[experts.routed(experts.number(name.removeprefix(self.owner[name] + ".")))]
-            self._see(name, x, mask, dense.get(name))
+                number = experts.number(name.removeprefix(self.owner[name] + "."))
+                mask = experts.rows(number, batch.mask)
+                if self.all_experts:
+                    self.routed[name] += int(batch.mask.reshape(-1)[experts.routed(number)].sum())
+            self._see(name, x, None if whole else mask, dense.get(name))
 
         def see_all(name: str, x: torch.Tensor) -> None:
-            self._see(name, *self.experts[name].given(x, batch.mask), None)
+            x, mask = self.experts[name].given(x, batch.mask)
+            self._see(name, x, None if whole else mask, None)
 
-        with (
-            blocks.watched(self.model, list(self.experts), see_all),
-            blocks.watched(self.model, list(self.groups), see),
-        ):
-            yield
+        for experts in self.experts.values():
+            experts.all_tokens = self.all_experts
+        try:
+            with (
+                blocks.watched(self.model, list(self.experts), see_all),
+                blocks.watched(self.model, list(self.groups), see),
+            ):
+                yield
+        finally:
+            for experts in self.experts.values():
+                experts.all_tokens = False
 
-    def _see(self, key: str, x: torch.Tensor, mask: torch.Tensor, dense: torch.Tensor | None) -> None:
+    def _see(self, key: str, x: torch.Tensor, mask: torch.Tensor | None, dense: torch.Tensor | None) -> None:
         if self.ranks.alone:
             self._update(key, x, mask, dense)
             return
@@ -194,6 +210,9 @@ class _Seen:
         own = {i: self.observers.pop(key).result() for i, key in enumerate(self.experts) if key in self.observers}
         found.stats |= zip(self.experts, everywhere(own, self.ranks, self.device), strict=True)
         counts = {key: n for one in self.ranks.everyone(tokens) for key, n in one.items()}
+        if self.all_experts:
+            routed = self.ranks.everyone(self.routed)
+            counts |= {key: sum(one[key] for one in routed) for key in self.routed}
         notes: dict[str, list[str]] = {}
         for first, group in self.groups.items():
             if first in self.owner:

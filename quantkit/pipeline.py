@@ -332,15 +332,15 @@ def _observe(
     if peaks is None and not any(needs.values()) and batches[0].dense is None:
         return observation.Observed()
     run.progress.doing("observe")
-    prior = plan.recipe.calibration.expert_prior
-    owners = shares.owners(block, plan, run.ranks.size)
+    wanted, owners = plan.recipe.calibration, shares.owners(block, plan, run.ranks.size)
+    how: dict[str, Any] = {"prior": wanted.expert_prior, "all_experts": wanted.all_experts}
     seen = observation.observe(
-        plan.skeleton.model, block, batches, needs, peaks=peaks, prior=prior, ranks=run.ranks, owners=owners
+        plan.skeleton.model, block, batches, needs, peaks=peaks, ranks=run.ranks, owners=owners, **how
     )
     run.found.experts |= seen.tokens
     for line in dict.fromkeys(seen.notes):
         run.progress.warn(line)
-    for line in experts.few(plan.skeleton.model, seen.tokens):
+    for line in experts.few(plan.skeleton.model, {} if wanted.all_experts else seen.tokens):
         run.progress.warn(line)
     return seen
 
@@ -358,7 +358,10 @@ def _observe_folded(
     if peaks is None and not any(needs.values()):
         return
     owners = shares.owners(block, plan, run.ranks.size)
-    again = observation.observe(plan.skeleton.model, block, batches, needs, peaks=peaks, ranks=run.ranks, owners=owners)
+    every = plan.recipe.calibration.all_experts
+    again = observation.observe(
+        plan.skeleton.model, block, batches, needs, peaks=peaks, all_experts=every, ranks=run.ranks, owners=owners
+    )
     for name, stats in again.stats.items():
         if name in seen.stats:
             seen.stats[name] = replace(seen.stats[name], magnitudes=stats.magnitudes)

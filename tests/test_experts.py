@@ -17,12 +17,13 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, CompressedTensorsConfig
 
 import quantkit
-from quantkit import blocks, convert, experts, inspection, lint, loading, numerics, skeleton
+from quantkit import blocks, convert, experts, inspection, lint, loading, numerics, observation, skeleton
 from quantkit.algorithms import gptq, rtn
 from quantkit.apart import take_apart
 from quantkit.checkpoint import Checkpoint
 from quantkit.errors import InputError
 from quantkit.experts import Experts, coverage, routers, shrink
+from quantkit.progress import Silent
 from quantkit.stats import Observer
 from quantkit.types import Notes, Stats, TensorScheme
 
@@ -439,3 +440,63 @@ def test_a_trained_mixture(tmp_path: Path) -> None:
     ghost.tie()
     stock = AutoModelForCausalLM.from_pretrained(TRAINED, dtype=torch.float32)
     assert torch.allclose(logits(ghost.model), logits(stock), atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["qwen3-moe", "llama4-text"])
+def test_every_expert_on_all_tokens(kind: str, tmp_path: Path) -> None:
+    """What is observed is what each expert makes of every token; what goes on is what the router chose."""
+    folder = tiny.save(tmp_path / "model", kind)
+    ghost, structure = open_model(folder)
+    ghost.load(ghost.to_disk, "cpu", torch.float32)
+    mask = torch.ones(2, 24, dtype=torch.bool)
+    mask[1, 20:] = False
+    block = structure.blocks[1]
+    (batch,) = blocks.begin(ghost, structure, [(IDS, mask)])
+    needs = dict.fromkeys(block.linears, frozenset({"gram"}))
+    routed, every = (
+        observation.observe(ghost.model, block, [batch], needs, prior=0.0, all_experts=flag) for flag in (False, True)
+    )
+    assert routed.tokens == every.tokens and set(routed.tokens.values()) != {44}
+    name = next(n for n, m in ghost.model.named_modules() if isinstance(m, Experts) and n.startswith(block.name))
+    mixture = ghost.model.get_submodule(name)
+    assert not mixture.all_tokens
+    seen: list[torch.Tensor] = []
+    with torch.no_grad(), blocks.watched(ghost.model, [name], lambda _, x: seen.append(x)):
+        blocks.run(ghost.model.get_submodule(block.name), batch, 1)
+    x, kept = mixture.given(seen[0], mask)
+    x = x[kept]
+    for e in range(mixture.num_experts):
+        up, down = (every.stats[f"{name}.{e}.{leaf}_proj"] for leaf in ("up", "down"))
+        assert up.gram_KK is not None and down.gram_KK is not None
+        assert torch.allclose(up.gram_KK, x.T @ x / len(x), rtol=1e-4, atol=1e-6)
+        with torch.no_grad():
+            inner = mixture.intermediate(e, x)
+        assert torch.allclose(down.gram_KK, inner.T @ inner / len(x), rtol=1e-4, atol=1e-6)
+    data = {"samples": 4, "length": 32, "all_experts": True}
+    done = quantkit.quantize(recipe(folder, method="gptq", calibration=data), out=tmp_path / "out", device="cpu")
+    assert sum(done.summary["experts"].values()) % (4 * 32) == 0
+
+
+def test_a_router_that_sends_everything_to_one_expert(tmp_path: Path) -> None:
+    """The others are quantized all the same, with the inputs of all tokens, and the report says so."""
+    folder = tiny.save(tmp_path / "model", "qwen3-moe", num_experts_per_tok=1)
+    tensors = load_file(folder / "model.safetensors")
+    gate = tensors["model.layers.1.mlp.gate.weight"]
+    norm = tensors["model.layers.1.post_attention_layernorm.weight"]
+    gate.zero_()
+    norm[0] = 0
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})  # ties: the first expert gets them all
+    clock = Silent()
+    data = {"samples": 4, "length": 32}
+    done = quantkit.quantize(
+        recipe(folder, method="gptq", calibration=data), out=tmp_path / "out", device="cpu", progress=clock
+    )
+    counts = {n: c for n, c in done.summary["experts"].items() if "layers.1." in n}
+    assert sorted(counts.values()) == [0, 0, 0, 0, 0, 128]
+    starved = [n for n, c in counts.items() if not c]
+    for name in starved:
+        assert any(line.startswith(f"{name}: no calibration token reached") for line in clock.warnings)
+        (line,) = [x for x in done.summary["layers"] if x["name"] == f"{name}.up_proj"]
+        assert line["tokens"] == 0 and 0 < line["relative_error"] < 0.1
+    assert any("5 of 6 experts saw fewer than" in line or "6 of 6 experts" in line for line in clock.warnings)
+    assert logits(quantkit.load(done.out, dtype=torch.float32)).isfinite().all()

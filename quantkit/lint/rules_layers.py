@@ -159,6 +159,14 @@ def experts_alike(d: Described) -> Iterator[Problem]:
             )
 
 
+def experts_of_gpt_oss(d: Described) -> Iterator[Problem]:
+    """vLLM, gpt_oss.py load_weights: experts in one tensor; a tensor each is what its pull request 29315 reads."""
+    apart = [x for x in d.quantized if x.expert and d.config.get("model_type") == "gpt_oss"]
+    if apart:
+        what = "is one expert's: gpt-oss' loader reads those of all experts in one tensor, in many versions only so"
+        yield Problem("warning", many([x.name for x in apart]), what, "try the version that you deploy first")
+
+
 def tied_head(d: Described) -> Iterator[Problem]:
     """Engines take the embedding for a tied head (tie_weights; vLLM's models): packed tensors have no place."""
     for x in d.layers.values():

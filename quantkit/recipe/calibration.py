@@ -94,6 +94,11 @@ class Calibration(TextSource):
         description="How much an expert's few tokens are backed by all tokens: the latter count as this many tokens an "
         "input channel.",
     )
+    all_experts: bool = Field(
+        default=False,
+        description="Observe every expert of a mixture on all tokens, not only on those that the router gives it; what "
+        "the model computes does not change. Takes experts / active experts times as long.",
+    )
     input_scale: Literal["absmax", "percentile", "mse"] = Field(
         default="absmax",
         description="Static scales of inputs: from the largest |x|, the 99.99th percentile, or of least squared error; "

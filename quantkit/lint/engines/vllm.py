@@ -71,6 +71,7 @@ RULES: tuple[Rule, ...] = (
     layers.fused_all_or_none,
     layers.fused_scales,
     layers.experts_alike,
+    layers.experts_of_gpt_oss,
     layers.tied_head,
     layers.groups_divide,
     layers.marlin_shapes,
