@@ -17,6 +17,7 @@ import torch
 
 from quantkit import inventory, lint, rehearsal, room, skeleton, solve, streaming
 from quantkit.checkpoint import DTYPES, nbytes
+from quantkit.hidden import SHARE
 from quantkit.plan import Linear, Plan, described, outside, short
 from quantkit.progress import duration
 
@@ -38,7 +39,7 @@ class Memory:
 def memory(plan: Plan, device: torch.device, *, place: str | None = None) -> Memory:
     """The peaks of a run.
 
-    place  where hidden states wait: "device", "host" or "disk"; by default as `hidden_place` has it
+    place  where hidden states wait, "device" or "host"; by default as `hidden_place` has it
     """
     base = _resident() + (0 if device.type == "cpu" else CUDA_HOST)
     if not plan.needs_data:
@@ -59,14 +60,12 @@ def memory(plan: Plan, device: torch.device, *, place: str | None = None) -> Mem
 
 
 def hidden_place(plan: Plan, device: torch.device) -> str:
-    """Where hidden states wait between blocks: "device", "host" or "disk", by the recipe or by what is free."""
+    """Where hidden states wait between blocks, "device" or "host": by the recipe, or by what is free on the GPU."""
     wanted = plan.recipe.calibration.hidden
-    if wanted != "auto":
-        return "host" if device.type == "cpu" and wanted == "device" else wanted
+    if device.type == "cpu" or wanted != "auto":
+        return "host" if device.type == "cpu" else wanted
     held = rehearsal.hidden_bytes(plan, device)
-    if device.type == "cuda" and held <= torch.cuda.mem_get_info(device)[0] * rehearsal.SHARE:
-        return "device"
-    return "host" if held <= (available() or held * 2) * rehearsal.HOST_SHARE else "disk"
+    return "device" if held <= torch.cuda.mem_get_info(device)[0] * SHARE else "host"
 
 
 def _batches(plan: Plan) -> int:
@@ -184,7 +183,7 @@ def _fitting(plan: Plan, device: torch.device) -> str:
 def _smaller(plan: Plan) -> Iterable[tuple[Plan, str]]:
     """The plan with less in memory, the least loss first. Neither changes what is computed but for rounding."""
     wanted, rows = plan.recipe.calibration, plan.recipe.calibration.batch_size
-    places = [wanted.hidden, *(p for p in ("host", "disk") if p != wanted.hidden)]
+    places = dict.fromkeys([wanted.hidden, "host"])
     for place in places:
         size = rows
         while size >= 1:
@@ -248,7 +247,6 @@ def describe(
 _PLACES = {
     "device": "on the GPU between blocks",
     "host": "in the host's memory between blocks",
-    "disk": "in files between blocks, of which the system keeps in memory what it has room for",
 }
 
 

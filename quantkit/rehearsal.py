@@ -24,8 +24,6 @@ from quantkit.types import Stats
 DISK = 1 << 27  # bytes written and read back
 PATIENCE = 1.0  # seconds that one measurement may take
 TOKENS = 512  # of random inputs for a Hessian
-SHARE = 0.25  # of the GPU memory that is free: what hidden states may take of it
-HOST_SHARE = 0.5  # of the host's; more wait on the disk
 SIZES = (256, 512, 1024)  # of the smaller weights
 
 Kind = tuple[Any, ...]
