@@ -29,10 +29,16 @@ configs:
 # The settings of the Hub are read when its library is imported, so each Hub needs a process of its own.
 SCRIPT = """
 import itertools, json, sys
+from quantkit import pinning
 from quantkit.calibration import sources
 from quantkit.errors import QuantkitError
+from quantkit.recipe.calibration import Calibration
 for data, options in json.loads(sys.argv[1]):
     try:
+        if options.pop("pin", False):
+            pinned = pinning.texts(Calibration(data=data, **options))
+            print(json.dumps([pinned.data, pinned.revision]), flush=True)
+            continue
         source = sources.open_source(data, **options)
         found = [document.content for document in itertools.islice(source.documents, 3)]
         source.documents.close()
@@ -95,6 +101,9 @@ def test_datasets_of_the_hub(hub, files, lines, tmp_path):
             ("hub:org/name", {"split": "test", "revision": commit}),
             ("org/name@main", {"column": "other"}),
             ("org/lines", {}),
+            ("org/name@main", {"pin": True}),
+            ("hub:org/name", {"pin": True, "revision": commit}),
+            ("builtin:pydocs", {"pin": True}),
             ("org/name", {"split": "trian"}),
             ("org/name", {"subset": "code"}),
             ("org/name", {"revision": "v9"}),
@@ -110,10 +119,13 @@ def test_datasets_of_the_hub(hub, files, lines, tmp_path):
         [["a", "b"], {**train, "split": "test"}],
         [TEXTS[::-1][:3], train],
         [TEXTS[:3], lines_report(hub)],
+        ["org/name", commit],
+        ["hub:org/name", commit],
+        ["builtin:pydocs", None],
     ]
-    assert answers[:4] == expected
+    assert answers[:7] == expected
     for (kind, message), words in zip(
-        answers[4:],
+        answers[7:],
         [
             "org/name: has no split 'trian'; known: train, test",
             "BuilderConfig 'code' not found. Available: ['plain']",
@@ -141,9 +153,11 @@ def test_offline_the_cache_of_the_datasets_library_is_read(hub, lines, tmp_path)
         ("org/lines", {"revision": commit}),
         ("org/lines", {"revision": "main"}),
         ("org/name", {}),
+        ("org/lines", {"pin": True}),
     ]
-    found, same, other, absent = ask("http://127.0.0.1:9", tmp_path, questions, HF_HUB_OFFLINE="1")
+    found, same, other, absent, pinned = ask("http://127.0.0.1:9", tmp_path, questions, HF_HUB_OFFLINE="1")
     assert found == same == [TEXTS[:3], lines_report(hub)]
+    assert pinned == ["org/lines", commit]
     assert other[0] == "MissingError" and f"is of commit {commit}, so that revision 'main' cannot be had" in other[1]
     assert absent[0] == "MissingError" and "offline mode is on, and it is not in the cache" in absent[1]
 

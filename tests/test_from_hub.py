@@ -385,14 +385,20 @@ def test_no_room_on_the_disk(
 
 
 def test_an_error_of_the_shard_ahead_is_raised_when_it_is_read(
-    server: HubServer, cache: Path, files: dict[str, bytes], tmp_path: Path
+    server: HubServer, cache: Path, local: Result, tmp_path: Path
 ) -> None:
     elsewhere(server)
     server.fault("content", status=404, times=99, code="EntryNotFound", after=2 * 9 + 4)  # beyond the headers
-    result = CliRunner().invoke(app, ["quantize", _recipe(tmp_path), "--out", str(tmp_path / "out"), "--delete-shards"])
+    command = ["quantize", _recipe(tmp_path), "--out", str(tmp_path / "out"), "--delete-shards"]
+    result = CliRunner().invoke(app, command)
     assert result.exit_code == 2 and "could not fetch model-0" in result.stderr and "Traceback" not in result.stderr
     assert server.token not in result.output + result.stderr
     assert not (tmp_path / "out").exists() and weights_in(cache) == 0
+    server.faults.clear()
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0 and "continuing at block" in result.stderr, result.stderr
+    made = (tmp_path / "out" / "model.safetensors").read_bytes()
+    assert made == (local.out / "model.safetensors").read_bytes() and weights_in(cache) == 0
 
 
 @pytest.mark.parametrize(
