@@ -257,9 +257,19 @@ def _to_blocks(run: Run, rows: calibration.Rows) -> list[blocks.Batch]:
 
     batches = run.fitting.attempt("embeddings", [], begin)
     ghost.unload(names)
+    _same_batches(run)
     run.fitting.again(run.finished.report.memory, batches)
     run.finished.load(batches)
     return batches
+
+
+def _same_batches(run: Run) -> None:
+    """Raises InputError where several ranks would deal batches that one process had to cut."""
+    if run.finished.report.memory and not run.ranks.alone:
+        raise InputError(
+            "the run that was cut short made its batches smaller to fit into one GPU, so one process must go on with "
+            "it; --fresh starts over on several"
+        )
 
 
 def _block(run: Run, block: blocks.Block, batches: list[blocks.Batch]) -> None:

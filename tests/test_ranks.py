@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ import tiny
 import torch
 
 import quantkit
-from quantkit import joining, observation, ranks, stats
+from quantkit import joining, observation, pipeline, ranks, stats
 from quantkit.errors import InputError, MissingError
 from quantkit.heartbeat import Heartbeat
 
@@ -230,6 +231,13 @@ def test_a_mistake_that_all_make_is_told_once(tmp_path: Path) -> None:
     done = torchrun(2, "-m", "quantkit", "quantize", "recipe.json", "--out", "out", cwd=tmp_path)
     (line,) = errors(done.stderr)
     assert "8 calibration rows are 1 batches of up to 8, too few for 2 ranks; start no more than 1" in line
+
+
+def test_a_run_that_made_its_batches_smaller_is_not_for_several() -> None:
+    """Batches are numbered as they are dealt; those that one GPU had to cut are numbered otherwise."""
+    run: Any = SimpleNamespace(ranks=ranks.Ranks(0, 2), finished=SimpleNamespace(report=SimpleNamespace(memory=[1])))
+    with pytest.raises(InputError, match="one process must go on with it; --fresh"):
+        pipeline._same_batches(run)
 
 
 # Without others ------------------------------------------------------------------------------------------------------
