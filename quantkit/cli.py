@@ -34,6 +34,7 @@ Command = TypeVar("Command", bound=Callable[..., None])
 _MACHINE = {
     errno.ENOSPC: "no room left on the disk; free some, or choose another place with --out",
     errno.EDQUOT: "the disk quota is used up; free some room, or choose another place with --out",
+    errno.EFBIG: "a file would be larger than the file system or ulimit -f allows; raise the limit, or choose --out",
     errno.EROFS: "the file system is read-only; choose another place with --out",
     errno.EACCES: "no permission; choose another place, or change its owner",
     errno.EPERM: "not permitted; choose another place, or change its owner",

@@ -120,6 +120,8 @@ def load(
 
 def _open(folder: Path, specs: Mapping[str, TensorSpec], sums: Mapping[str, int]) -> Checkpoint:
     try:
+        if not folder.is_dir():
+            raise InputError(f"{folder} is missing")
         found = Checkpoint.open(folder)
         if found.specs != specs or sums.keys() != specs.keys():
             raise InputError(f"{folder}: other tensors than these calibration rows have")

@@ -2,76 +2,30 @@
 
 from __future__ import annotations
 
+import json
 import os
+import random
 import shutil
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
+import torch
+from interrupted import BLOCKS, CHECK, SMALL, Saying, Stopping, content, recipe, stopped
 
 import quantkit
-from quantkit import output, pipeline
+from quantkit import cli_running, output, pipeline
 from quantkit.errors import InputError, Interrupted
 from quantkit.progress import Silent
 from quantkit.resuming import HIDDEN
 
-CHECK: dict[str, Any] = {
-    "perplexity": {"data": "builtin:pydocs-heldout", "windows": 2, "length": 32},
-    "generation": {"prompts": 0},
-    "gates": {"kl": 5.0},
-}
-BLOCKS = 3
-SMALL: dict[str, Any] = {"num_hidden_layers": BLOCKS}
 DURABLE = ("write", "pwrite", "fsync", "ftruncate", "posix_fallocate", "rename", "replace", "unlink", "rmdir")
-
-
-def recipe(model: Path, **changes: Any) -> dict[str, Any]:
-    return {
-        "model": str(model),
-        "scheme": {"preset": "W4A16", "group_size": 32},
-        "calibration": {"data": "builtin:pydocs", "samples": 4, "length": 32, "batch_size": 2},
-        "validate": "none",
-        "export": {"engines": ["transformers"]},
-        **changes,
-    }
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-
-
-class Saying(Silent):
-    """Keeps what was said."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.said: list[str] = []
-
-    def _print(self, line: str) -> None:
-        self.said.append(line)
-
-
-class Stopping(Saying):
-    """Asks for the end while item `at` of the first stage is worked on."""
-
-    def __init__(self, at: int) -> None:
-        super().__init__()
-        self.at = at
-
-    def item(self, k: int, name: str) -> None:
-        super().item(k, name)
-        if k == self.at:
-            self.stop()
-
-
-def stopped(what: dict[str, Any], out: Path, after: int) -> Path:
-    """The folder of a run that was ended after some of its blocks."""
-    with pytest.raises(Interrupted, match=f"after block {after} of {BLOCKS}"):
-        quantkit.quantize(what, out=out, device="cpu", progress=Stopping(after))
-    return out.parent / f".{out.name}.partial"
 
 
 @pytest.fixture(scope="module")
@@ -168,6 +122,37 @@ def test_killed_at_each_call_that_changes_the_disk(tmp_path):
         killed(what, out, at)
         assert content(quantkit.quantize(what, out=out, device="cpu").out) == whole, (at, names[at - 1])
         assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == [], (at, names[at - 1])
+
+
+@pytest.mark.slow
+def test_killed_at_30_random_moments(tmp_path):
+    """The real command, killed by a timer over and over; each run goes on where the one before it was killed."""
+    folder = tiny.save(tmp_path / "model", num_hidden_layers=8)
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe(folder, validate=CHECK, transforms=["awq"])))
+    path = os.pathsep.join(p for p in sys.path if p)
+    env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+
+    def command(out: str) -> list[str]:
+        return [sys.executable, "-m", "quantkit", "quantize", "recipe.json", "--out", out, "--device", "cpu"]
+
+    start = time.monotonic()
+    subprocess.run(command("whole"), cwd=tmp_path, env=env, check=True, capture_output=True)
+    length = time.monotonic() - start
+    moments, kills = random.Random(0), 0
+    while kills < 30:
+        run = subprocess.Popen(command("out"), cwd=tmp_path, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        try:
+            _, told = run.communicate(timeout=moments.uniform(0.2, 1.0) * length)
+            assert run.returncode == 0, told
+            assert content(tmp_path / "out") == content(tmp_path / "whole")
+            shutil.rmtree(tmp_path / "out")
+        except subprocess.TimeoutExpired:
+            run.kill()
+            run.communicate()
+            kills += 1
+    subprocess.run(command("out"), cwd=tmp_path, env=env, check=True, capture_output=True)
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "out", "recipe.json", "whole"]
 
 
 # Stopped --------------------------------------------------------------------------------------------------------------
@@ -296,3 +281,35 @@ def test_a_second_run_into_one_folder_is_refused_and_does_no_harm(model, whole, 
         pass  # a conversion does not take its place
     assert content(partial) == before
     assert content(quantkit.quantize(what, out=out, device="cpu").out) == whole
+
+
+def test_the_second_signal_ends_at_once():
+    progress = Silent()
+    before = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+    with pytest.raises(KeyboardInterrupt), cli_running.ending_gently(progress):
+        signal.raise_signal(signal.SIGTERM)
+        assert progress.stopping
+        signal.raise_signal(signal.SIGTERM)
+    assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == before
+    with pytest.raises(Interrupted, match="before the first block"):
+        progress.begin(3, "block")
+        progress.item(1, "first")
+
+
+# The same bytes however it is computed --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"transforms": ["awq"]}, {"method": {"autoround": {"iterations": 3}}}], ids=str
+)
+def test_one_thread_and_two_give_the_same_bytes(changes, tmp_path):
+    folder = tiny.save(tmp_path / "model", hidden_size=128, intermediate_size=384, head_dim=32)
+    what = recipe(folder, calibration={"data": "builtin:pydocs", "samples": 8, "length": 128}, **changes)
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            quantkit.quantize(what, out=tmp_path / f"out-{threads}", device="cpu")
+    finally:
+        torch.set_num_threads(before)
+    assert content(tmp_path / "out-1") == content(tmp_path / "out-2")
