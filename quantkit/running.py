@@ -36,6 +36,8 @@ def identity(recipe: Recipe, source: hub.Source, device: torch.device) -> dict[s
         "source": {"model": source.model, "fingerprint": source.fingerprint(), **model},
         "versions": versions(),
         "device": torch.cuda.get_device_name(device) if cuda else f"CPU with {torch.backends.cpu.get_cpu_capability()}",
+        # LAPACK's factorizations round in another order with another number of them.
+        "threads": None if cuda else torch.get_num_threads(),
     }
 
 
