@@ -51,7 +51,7 @@ with torch.no_grad():
 assert torch.equal(a, b), "the pushed model computes something else"
 kinds = {type(m).__module__.split(".")[0] for m in models[0].modules() if m._parameters or m._buffers}
 assert ("quantkit" in kinds) == (sys.argv[3] == "packed"), kinds
-print(tokenizer.decode(models[0].generate(ids, max_new_tokens=20, do_sample=False)[0]))
+print(repr(tokenizer.decode(models[0].generate(ids, max_new_tokens=20, do_sample=False)[0])))
 """
 
 
@@ -89,8 +89,8 @@ def job(hub: HubServer, base: Path, place: Path, stream: bool) -> None:
     print(f"- {len(files)} files, {len(hub.sent)} by LFS, each sent once; one commit, {hub.head(name)[:12]}")
     print(f"- calls: {', '.join(f'{call} {count}' for call, count in sorted(calls.items()))}")
     print(f"- the command took {peak} GiB of memory at its peak")
-    print(f"- from_pretrained({name!r}), packed: {loaded['packed']!r}")
-    print(f"- the same in transformers without quantkit: {loaded['stock']!r}")
+    print(f"- from_pretrained({name!r}), packed: {loaded['packed']}")
+    print(f"- the same in transformers without quantkit: {loaded['stock']}")
     print(f"- sent ahead: {printed.count('sent ahead')} shards\n", flush=True)
 
 

@@ -9,6 +9,7 @@ those on disk, and the config is loaded back; when something differs, the branch
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,12 +93,16 @@ def push(
 
 
 def default_name(summary: Mapping[str, Any]) -> str:
-    """Name of a repository when none is given: pydocs-llama-7m-W4A16; with the format where it is not the usual one."""
+    """Name of a repository when none is given: pydocs-llama-7m-W4A16; with the format where it is not the usual one.
+
+    What the Hub takes no names with, as a space in a folder's name, becomes a hyphen.
+    """
     recipe = Recipe.from_any(summary["recipe"])
     name = hub.Source(str(summary["source"]["model"]), Path()).name
     form = card_parts.format_of(summary)
     usual = form == Recipe.model_fields["export"].default.format
-    return "-".join([name, recipe.scheme.label, *([] if usual else [form])])
+    parts = [name, recipe.scheme.label, *([] if usual else [form])]
+    return re.sub(r"\.{2,}|[^A-Za-z0-9_]*[^A-Za-z0-9_.][^A-Za-z0-9_]*", "-", "-".join(parts)).strip("-.")
 
 
 # Who pushes, and where to ---------------------------------------------------------------------------------------------

@@ -98,6 +98,8 @@ def test_the_name_when_none_is_given(world: World, folder: Path, tmp_path: Path)
     summary = json.loads((folder / "quantkit.json").read_text())
     source = {**summary["source"], "model": "org/Big-1B@main"}
     assert hub_push.default_name({**summary, "source": source}) == "Big-1B-W4A16"
+    source = {**source, "model": "/models/my model (v2)..--ä"}
+    assert hub_push.default_name({**summary, "source": source}) == "my-model-v2-W4A16"
     change(folder, source=None)
     with pytest.raises(InputError, match="does not say which model and recipe"):
         world.push(folder, None)
