@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -37,7 +36,10 @@ def run(
     profile: Annotated[bool, typer.Option("--profile", help="Say at the end where the time went.")] = False,
     delete_shards: DeleteShards = False,
 ) -> None:
-    """Quantize, validate and push in one go, as the recipe says; a gate that fails pushes nothing."""
+    """Quantize, validate and push in one go, as the recipe says; a gate that fails pushes nothing.
+
+    Goes on and ends as quantize does.
+    """
     from quantkit.recipe import Recipe
 
     with joined(device.value) as group:
@@ -48,10 +50,7 @@ def run(
         from quantkit.progress import Progress, Silent
 
         logging.disable_progress_bar()
-        with contextlib.ExitStack() as stack:
-            progress = stack.enter_context(Progress.for_terminal() if group.first else Silent())
-            if group.alone:
-                stack.enter_context(ending_gently(progress))
+        with Progress.for_terminal() if group.first else Silent() as progress:
             done = job.run(
                 resolved,
                 out=out,
@@ -62,6 +61,7 @@ def run(
                 delete_shards=delete_shards,
                 progress=progress,
                 ranks=group,
+                during=ending_gently(progress) if group.alone else None,
             )
     if not group.first:
         return

@@ -46,8 +46,11 @@ def run(
     token: str | None = None,
     progress: Progress | None = None,
     ranks: Ranks = ALONE,
+    during: contextlib.AbstractContextManager[Any] | None = None,
 ) -> Done:
     """`quantize`, and `push` as the recipe's `push:` says. Arguments as of those two.
+
+    during  entered while it quantizes and validates, and left before it pushes
 
     A gate that fails does not raise: nothing is pushed, and `pushed` is None. Where the push fails, the output is kept
     and the message says how to push it. Of several ranks, rank 0 alone pushes. Raises as `quantize` and `push`.
@@ -74,6 +77,7 @@ def run(
     name = login.name(wanted.repo or hub_push.default_name({"source": vars(source), "recipe": settled}))
     hub_push.check(login, source, wanted, name)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(during or contextlib.nullcontext())
         ahead = stack.enter_context(_ahead(login, name, wanted)) if wanted.stream else None
         result = api.quantize(settled, **how, shards=ahead)
     if result.summary["status"] == FAILED:

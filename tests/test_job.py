@@ -15,7 +15,7 @@ from hub_client import World, opened
 from typer.testing import CliRunner
 
 from quantkit import api, cli, job, output
-from quantkit.errors import InputError, MissingError
+from quantkit.errors import InputError, Interrupted, MissingError
 from quantkit.progress import Progress
 from quantkit.shards import ShardWriter
 from quantkit.types import TensorSpec
@@ -149,6 +149,31 @@ def test_interrupted_in_the_work_the_branch_is_as_it_was(
     with pytest.raises(KeyboardInterrupt):
         run(world, recipe(base, {"stream": True}), tmp_path / "out")
     assert world.hub.head(REPO) == before and not (tmp_path / "out").exists()
+
+
+def test_stopped_in_the_work_it_goes_on_and_sends_every_shard(
+    world: World, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those that were whole when it was stopped are named to the second run too, and the Hub has them already."""
+    settings = recipe(base, {"stream": True}, method="gptq", calibration={"samples": 4, "length": 64})
+    told = Progress(world.said)
+    went_on = told.item
+
+    def stopped(k: int, name: str) -> None:
+        if k == 2:
+            told.stop()
+        went_on(k, name)
+
+    monkeypatch.setattr(told, "item", stopped)
+    with pytest.raises(Interrupted):
+        job.run(settings, out=tmp_path / "out", device="cpu", progress=told)
+    assert "commit" not in world.hub.calls
+    done = run(world, settings, tmp_path / "out")
+    assert done.pushed is not None
+    shards = list((tmp_path / "out").glob("*.safetensors"))
+    assert len(world.hub.sent) == len(set(world.hub.sent)) == len(shards)
+    there = world.hub.files(REPO)
+    assert all(there[p.name] == p.read_bytes() for p in shards)
 
 
 def test_interrupted_in_the_push_the_output_is_kept(
