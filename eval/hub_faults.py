@@ -1,6 +1,6 @@
 """What a push does under each fault of each call of the Hub: two tables in Markdown, and what a user then reads.
 
-    python eval/hub_faults.py > build/hub-faults.md
+    python eval/hub_faults.py
 
 Against the tests' own Hub on a port of this machine, by the unmodified client, with a tiny random model, for a fault
 does not ask what the weights are (hub_job.py has real ones). Nothing waits: the seconds are what would have been

@@ -1,8 +1,8 @@
 """An output made again from the recipe beside it, against the commits that it names, and compared file by file.
 
 What is compared with is a folder, or a repository on the Hub, of which only the hashes are asked for: its weights are
-not fetched. Not compared are quantkit.json and the recipe, which say more than the bytes depend on, and on the Hub the
-card.
+not fetched. Not compared are quantkit.json and the recipe, which say more than the bytes depend on, times, and on the
+Hub the card.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from quantkit.progress import Progress, Silent
 from quantkit.recipe import Recipe
 
 SAME, DIFFERENT, MISSING, NEW = "same", "different", "not made again", "not there before"
-ABOUT = (output.SUMMARY, output.RECIPE)
+ABOUT = (output.SUMMARY, output.RECIPE, output.BENCH)
 CARD = "README.md"
 
 

@@ -233,6 +233,7 @@ def test_engines_only_where_their_rules_are_kept(folder: Path, tmp_path: Path) -
 
 def test_a_converted_output_is_reproduced_in_two_steps(folder: Path) -> None:
     text = made(folder, {**SUMMARY, "converted_from": {"format": "compressed-tensors", "to": "gptq"}})
+    assert "quantkit reproduce" not in text and "quantkit reproduce alice/base-W4A16\n" in made(folder)
     assert "| format | gptq |" in text and "\n- gptq\n" in text
     assert "--out quantized\nquantkit convert quantized --to gptq --out base-W4A16\n```" in text
 
