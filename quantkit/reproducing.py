@@ -22,7 +22,7 @@ from quantkit.progress import Progress, Silent
 from quantkit.recipe import Recipe
 
 SAME, DIFFERENT, MISSING, NEW = "same", "different", "not made again", "not there before"
-ABOUT = (output.SUMMARY, output.RECIPE, output.BENCH)
+ABOUT = (output.SUMMARY, output.RECIPE)
 CARD = "README.md"
 
 
@@ -80,7 +80,7 @@ def reproduce(
         )
         made = {path.as_posix() for path in other_files(done.out)}
         files = {name: _compared(known.get(name), done.out / name) for name in sorted(made | known.keys())}
-    skipped = (*ABOUT, *(() if Path(place).is_dir() else (CARD,)))
+    skipped = (*ABOUT, output.BENCH, *(() if Path(place).is_dir() else (CARD,)))
     files = {name: found for name, found in files.items() if name not in skipped}
     return Reproduction(str(place), files, tuple(_surroundings(summary, done.summary)))
 
