@@ -178,7 +178,7 @@ def test_other_files_are_copied_and_other_weights_are_not(tmp_path):
     result = quantkit.quantize(recipe(folder), out=tmp_path / "out")
     assert (result.out / "extra" / "notes.txt").read_text() == "kept"
     assert not (result.out / "pytorch_model.bin").exists() and not (result.out / ".git").exists()
-    assert [x["name"] for x in result.summary["files"]["dropped"]] == ["pytorch_model.bin"]
+    assert [x["name"] for x in result.summary["files"]["dropped"]] == [".git/", "pytorch_model.bin"]
     assert (result.out / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
 
 
