@@ -203,8 +203,11 @@ def chosen_for(problem: Any, device: torch.device) -> Any:
 
 def shown(choice: Any) -> str:
     """A configuration in a few characters: "8x64 u2 s4 w4 p3 before"."""
-    if choice.path != "gemm":
-        return f"{choice.path} {choice.slab / 1e6:.0f} MB"
+    if choice.path == "dequant":
+        return f"dequant {choice.slab / 1e6:.0f} MB"
+    if choice.path == "hopper":
+        tile = f"hopper {choice.block_m}x{choice.block_n} w{choice.warps} s{choice.stages}"
+        return tile + (f" g{choice.group_m}" if choice.group_m else "")
     parts = f"{choice.block_m}x{choice.block_n} u{choice.unroll} k{choice.split} w{choice.warps} s{choice.stages}"
     return f"{parts} {choice.where}" + (f" g{choice.group_m}" if choice.group_m else "")
 

@@ -11,7 +11,7 @@ import torch
 from packed_weights import CASES
 from triton_tools import SHARED, compile_kernel, resources, sass
 
-from quantkit_kernels import choice, layout, wxa16
+from quantkit_kernels import _unpacking, choice, layout, wxa16
 from quantkit_kernels.choice import Choice, Gpu, Problem
 
 H200 = Gpu()
@@ -22,7 +22,7 @@ def compiled(case: tuple[str, str, int], one: Choice, dtype: torch.dtype = torch
     from quantkit_kernels import _hopper_launch, _wxa16_hopper
 
     kind, scale, group = case
-    found = wxa16._constants(kind, scale, group, wxa16.FLOATS[dtype], "before" if group else "end", True)
+    found = _unpacking._constants(kind, scale, group, wxa16.FLOATS[dtype], "before" if group else "end", True)
     constants = {name: found[name] for name in _hopper_launch.USED}
     constants |= {"WHERE": "before" if group else "end", "BM": one.block_m, "BN": one.block_n, "STAGES": one.stages}
     constants |= {"GROUP_M": one.group_m, "WARPS": one.warps, "BIAS": True, "COPIED": True}

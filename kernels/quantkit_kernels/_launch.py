@@ -7,7 +7,7 @@ aligned. `direct` tells where torch's dispatcher has nothing to do either.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
@@ -17,18 +17,18 @@ _compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
 
 
 def launch(
-    kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], constants: Mapping[str, Any], key: Hashable
+    kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], options: Callable[[], dict[str, Any]], key: Hashable
 ) -> None:
-    """`kernel[grid](*arguments, **constants)`, remembered.
+    """`kernel[grid](*arguments, **options())`, remembered.
 
     arguments  all that are no constants, in their order
-    constants  the others, and options such as num_warps
-    key        of what decides which kernel fits, but for the alignment of tensors: all constants and options, dtypes of
-               tensors, and integers but those that the kernel does not specialize
+    options    gives the others, constants, and what the compiler is told, such as num_warps
+    key        of what decides which kernel fits, but for the alignment of tensors: all of `options`, dtypes of tensors,
+               and integers but those that the kernel does not specialize
     """
     tensors = [a for a in arguments if isinstance(a, torch.Tensor)]
     if any(t.data_ptr() % 16 for t in tensors):
-        kernel[grid](*arguments, **constants)
+        kernel[grid](*arguments, **options())
         return
     place = (kernel, tensors[0].device, key)
     found = _compiled.get(place)
@@ -36,6 +36,7 @@ def launch(
         made, rest = found
         made[(*grid, 1, 1)[:3]](*arguments, *rest)
         return
+    constants = options()
     made = kernel[grid](*arguments, **constants)
     # Triton's interpreter has no kernel to give; and where only compiling is wanted, nothing must be launched later.
     if made is not None and type(kernel).run.__module__.startswith("triton."):

@@ -26,11 +26,11 @@ import torch.nn.functional as F
 
 from quantkit_kernels import layout
 from quantkit_kernels._launch import direct, launch
-from quantkit_kernels.choice import Choice, Problem, choose, exact_scale, gpu_of, mma_sync, resident
+from quantkit_kernels._unpacking import FLOATS, constants
+from quantkit_kernels.choice import Choice, Gpu, Problem, choose, gpu_of, mma_sync, resident
 from quantkit_kernels.layout import Packed
 
 MaybeTensor = torch.Tensor | None
-FLOATS = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 def linear(
@@ -176,10 +176,24 @@ def _run(x: torch.Tensor, packed: Packed, bias: MaybeTensor, order: MaybeTensor,
         return wxa16_linear_reference(
             x, p.codes, p.scale, p.zero, p.global_scale, bias, order, counters, p.kind, p.scale_dtype, p.n, p.k, p.group
         )
-    _check(x, packed, bias, order, counters)
     tokens = x.numel() // max(p.k, 1)
-    choice = choose(Problem(p.kind, p.scale_dtype, p.n, p.k, p.group, tokens, FLOATS[x.dtype]), gpu)
+    choice, sizes = _chosen(p.kind, p.scale_dtype, p.n, p.k, p.group, tokens, x.dtype, gpu)
+    measured = (x.shape[-1], p.codes.numel(), p.scale.numel(), p.zero is None, p.global_scale is None)
+    if measured != sizes or bias is not None or order is not None or not p.codes.is_contiguous():
+        _check(x, packed, bias, order, counters)
     return run_with(choice, x, packed, bias, order, counters)
+
+
+@functools.lru_cache(maxsize=4096)
+def _chosen(
+    kind: str, scale_dtype: str, n: int, k: int, group: int, tokens: int, dtype: torch.dtype, gpu: Gpu
+) -> tuple[Choice, tuple[int, int, int, bool, bool]]:
+    """The configuration, and what `_check` makes sure of, in numbers that are compared at once."""
+    high = layout.padded_rows(n)
+    codes = layout.lines(kind, k) * high * layout.get(kind).words
+    scales = layout.geometry(kind, scale_dtype, k, group).rows * high
+    made = choose(Problem(kind, scale_dtype, n, k, group, tokens, FLOATS[dtype]), gpu)
+    return made, (k, codes, scales, layout.zero_mode(kind, scale_dtype) != 2, kind != "nvfp4")
 
 
 def run_with(
@@ -217,39 +231,6 @@ def run_with(
     return out.view(*x.shape[:-1], packed.n)
 
 
-def constants(packed: Packed, dtype: torch.dtype, where: str, assembly: bool) -> dict[str, object]:
-    """What the unpacking of a weight is compiled for: the constants that all kernels on packed weights share.
-
-    where     "before": HOW is "mul", or "split" where the scale is not exact in `dtype`; else "raw"
-    assembly  false: the plain twin
-    """
-    return _constants(packed.kind, packed.scale_dtype, packed.group, FLOATS[dtype], where, assembly)
-
-
-@functools.lru_cache(maxsize=256)
-def _constants(kind: str, scale_dtype: str, group: int, dtype: str, where: str, assembly: bool) -> dict[str, object]:
-    from quantkit_kernels._unpack_ptx import assembly as text
-
-    form, how = layout.get(kind), layout.geometry(kind, scale_dtype, 1, group)
-    mode, two = layout.zero_mode(kind, scale_dtype), group > 0 and group * 4 < form.line
-    exact = exact_scale(Problem(kind, scale_dtype, 0, 0, group, 0, dtype))
-    scaling = "raw" if where != "before" else "mul" if exact else "split"
-    return {
-        "CODE": form.code,
-        "DT": dtype,
-        "SCALE": scale_dtype,
-        "LINE": form.line,
-        "GROUP": group,
-        "SPAN": how.span,
-        "WIDTH": how.width,
-        "FIELDS": how.fields,
-        "ZERO": mode,
-        "HOW": scaling,
-        "ASM": text(form.code, dtype, scale_dtype, scaling, mode, two) if assembly else "",
-        "GLOBAL": kind == "nvfp4",
-    }
-
-
 def _gemm(
     choice: Choice,
     x: torch.Tensor,
@@ -270,11 +251,16 @@ def _gemm(
         partial = torch.empty(parts * choice.block_m * choice.block_n, dtype=torch.float32, device=x.device)
         if counters is None or counters.numel() < tiles:
             counters = torch.zeros(tiles, dtype=torch.int32, device=x.device)
-    options: dict[str, object] = {"WHERE": choice.where, "BM": choice.block_m, "BN": choice.block_n}
-    options |= {"UNROLL": choice.unroll, "GROUP_M": choice.group_m, "WARPS": choice.warps, "BIAS": bias is not None}
-    options |= {"EVEN": k == lines * layout.get(packed.kind).line and lines % choice.unroll == 0}
-    options |= {"MMA_SYNC": mma_sync(choice.block_m, choice.warps, gpu)}
-    options |= {"num_warps": choice.warps, "num_stages": choice.stages}
+
+    def options() -> dict[str, object]:
+        made: dict[str, object] = {"WHERE": choice.where, "BM": choice.block_m, "BN": choice.block_n}
+        made |= {"UNROLL": choice.unroll, "GROUP_M": choice.group_m, "WARPS": choice.warps, "BIAS": bias is not None}
+        made |= {"EVEN": k == lines * layout.get(packed.kind).line and lines % choice.unroll == 0}
+        made |= {"MMA_SYNC": mma_sync(choice.block_m, choice.warps, gpu)}
+        made |= {"num_warps": choice.warps, "num_stages": choice.stages}
+        made |= {"SPLIT": choice.split} if choice.split else {}
+        return made | constants(packed, x.dtype, choice.where, assembly)
+
     arguments = (
         x,
         packed.codes,
@@ -292,7 +278,6 @@ def _gemm(
         lines,
         x.stride(0),
     )
-    options |= constants(packed, x.dtype, choice.where, assembly)
     key = (problem._replace(m=0), choice, x.stride(0), bias is None or bias.dtype, out.dtype, assembly)
     if choice.split == 0:
         from quantkit_kernels import _wxa16_stream
@@ -301,7 +286,6 @@ def _gemm(
         return
     from quantkit_kernels import _wxa16
 
-    options["SPLIT"] = choice.split
     launch(_wxa16.gemm, (tiles, choice.split), arguments, options, key)
 
 
@@ -318,13 +302,7 @@ def _hopper(
 
     if not assembly:
         raise ValueError("the kernel for Hopper has no plain twin of its assembly")
-    m, n = x.shape[0], packed.n
-    tiles = -(-m // choice.block_m) * -(-n // choice.block_n)
-    problem = Problem(packed.kind, packed.scale_dtype, n, packed.k, packed.group, m, FLOATS[x.dtype])
-    programs = resident(choice, problem, gpu_of(x.device))
-    if counters is None or counters.numel() < min(tiles, programs):
-        counters = torch.zeros(min(tiles, programs), dtype=torch.int32, device=x.device)
-    launch_hopper(choice, programs, x, packed, bias, counters, out, constants(packed, x.dtype, choice.where, assembly))
+    launch_hopper(choice, x, packed, bias, counters, out, constants(packed, x.dtype, choice.where, True))
 
 
 def decode_rows(packed: Packed, first: int, out: torch.Tensor, *, assembly: bool = True) -> None:

@@ -1,0 +1,46 @@
+"""What the unpacking of a weight is compiled for: the constants that all kernels on packed weights share."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from quantkit_kernels import layout
+from quantkit_kernels.choice import Problem, exact_scale
+from quantkit_kernels.layout import Packed
+
+FLOATS = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+def constants(packed: Packed, dtype: torch.dtype, where: str, assembly: bool) -> dict[str, object]:
+    """The constants by which _unpack.py turns the words of a weight into floats of `dtype`.
+
+    where     "before": HOW is "mul", or "split" where the scale is not exact in `dtype`; else "raw"
+    assembly  false: the plain twin
+    """
+    return _constants(packed.kind, packed.scale_dtype, packed.group, FLOATS[dtype], where, assembly)
+
+
+@functools.lru_cache(maxsize=256)
+def _constants(kind: str, scale_dtype: str, group: int, dtype: str, where: str, assembly: bool) -> dict[str, object]:
+    from quantkit_kernels._unpack_ptx import assembly as text
+
+    form, how = layout.get(kind), layout.geometry(kind, scale_dtype, 1, group)
+    mode, two = layout.zero_mode(kind, scale_dtype), group > 0 and group * 4 < form.line
+    exact = exact_scale(Problem(kind, scale_dtype, 0, 0, group, 0, dtype))
+    scaling = "raw" if where != "before" else "mul" if exact else "split"
+    return {
+        "CODE": form.code,
+        "DT": dtype,
+        "SCALE": scale_dtype,
+        "LINE": form.line,
+        "GROUP": group,
+        "SPAN": how.span,
+        "WIDTH": how.width,
+        "FIELDS": how.fields,
+        "ZERO": mode,
+        "HOW": scaling,
+        "ASM": text(form.code, dtype, scale_dtype, scaling, mode, two) if assembly else "",
+        "GLOBAL": kind == "nvfp4",
+    }
