@@ -29,6 +29,7 @@ from quantkit import (
     validation,
 )
 from quantkit import plan as planning
+from quantkit import summary as reading
 from quantkit.errors import GateError, InputError, MissingError
 from quantkit.loading import load
 from quantkit.profile import Profile
@@ -187,7 +188,7 @@ def validate(
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder}: no config.json, so it is not a model folder")
     ours = (folder / output.SUMMARY).is_file()
-    summary = hub.read_json(folder / output.SUMMARY) if ours else {}
+    summary = reading.read(folder) if ours else {}
     recipe = Recipe.load(folder / output.RECIPE) if (folder / output.RECIPE).is_file() else None
     if against is None and recipe is None:
         raise InputError(f"{folder}: holds no {output.RECIPE}, so name the original model with --against")

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from quantkit import hub
 from quantkit.errors import InputError
 from quantkit.hub_shards import HubShards
 from quantkit.types import TensorSpec
@@ -103,7 +104,8 @@ class Checkpoint:
     @classmethod
     def open(cls, folder: Path, hub: HubShards | None = None) -> Checkpoint:
         """Reads the headers of all shards. Raises InputError for what is missing, truncated or not safetensors."""
-        names = {path.name for path in folder.glob("*.safetensors")} if hub is None else set(hub.names)
+        here = (path.name for path in folder.glob("*.safetensors") if path.is_file())  # a pipe is not waited for
+        names = set(here) if hub is None else set(hub.names)
         files, index = _shards(folder, names)
         found = cls(folder, {}, {}, hub)
         away = [] if hub is None else [file.name for file in files if hub.files.here(file.name) is None]
@@ -112,7 +114,8 @@ class Checkpoint:
             if file.name in away:
                 specs = _parsed(file, headers[file.name], hub.size(file.name) if hub else 0)
             else:
-                found.shards[file], specs = Shard.of(file), _header(file)
+                specs = _header(file)  # first: it refuses what is no safetensors
+                found.shards[file] = Shard.of(file)
             for name, spec in specs.items():
                 if index is None or index.get(name) == file.name:
                     found.specs[name], found.where[name] = spec, file
@@ -193,9 +196,9 @@ class Checkpoint:
                 yield file.name, self.hub.size(file.name), self.hub.headers([file.name])[file.name]
                 continue
             with file.open("rb") as f:
-                first = f.read(8)
-                header = first + f.read(min(int.from_bytes(first, "little"), 1 << 27))
-                yield file.name, file.stat().st_size, header
+                first, size = f.read(8), file.stat().st_size
+                header = first + f.read(min(int.from_bytes(first, "little"), size, 1 << 27))
+                yield file.name, size, header
 
     def read_finite(self, name: str, device: torch.device | str = "cpu", entry: int | None = None) -> torch.Tensor:
         """`read`, refusing NaN and Inf in a floating-point tensor; looked for on `device`, where it is returned."""
@@ -253,31 +256,36 @@ def _parsed(file: Path, raw: bytes, size: int) -> dict[str, TensorSpec]:
     try:
         entries = {name: x for name, x in json.loads(raw[8:]).items() if name != "__metadata__"}
         specs = {name: TensorSpec(str(x["dtype"]), tuple(map(int, x["shape"]))) for name, x in entries.items()}
-        end = len(raw) + max((int(x["data_offsets"][1]) for x in entries.values()), default=0)
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as e:
+        ends = {name: [int(end) for end in x["data_offsets"]] for name, x in entries.items()}
+        end = len(raw) + max((last for _, last in ends.values()), default=0)
+        wrong = [name for name, spec in _known(file, specs).items() if _misplaced(spec, *ends[name])]
+        if wrong:
+            raise ValueError(f"{wrong[0]!r} does not have the bytes of its shape")
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as e:
         raise InputError(f"{file}: its header on the Hub is not one of safetensors ({type(e).__name__}: {e})") from None
     if end != size:
         raise InputError(
             f"{file}: is {end:,} bytes by its header, and {size:,} on the Hub; it was not uploaded whole, use another "
             "revision"
         )
-    return _known(file, specs)
+    return specs
+
+
+def _misplaced(spec: TensorSpec, begin: int, end: int) -> bool:
+    return begin < 0 or min(spec.shape, default=0) < 0 or end - begin != nbytes(spec)
 
 
 def _shards(folder: Path, there: Collection[str]) -> tuple[list[Path], dict[str, str] | None]:
     """The shard files of a model, and the index's weight map when there is one. there: safetensors files that exist."""
     index_file = folder / INDEX
     if index_file.is_file():
-        try:
-            weight_map = json.loads(index_file.read_text("utf-8"))["weight_map"]
-            shards = sorted(set(weight_map.values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as e:
-            raise InputError(f"{index_file}: not a safetensors index ({type(e).__name__}: {e})") from None
+        weight_map = read_index(folder)
+        shards = sorted(set(weight_map.values()))
         for shard in shards:
-            if not isinstance(shard, str) or Path(shard).name != shard:
+            if Path(shard).name != shard:
                 raise InputError(f"{index_file}: names the shard {shard!r}, which is not a file of this folder")
-            if shard not in there:
-                raise InputError(f"{folder}: shard {shard} is missing, though {INDEX} names it; download it again")
+            if shard not in there:  # also for a name that no file can have
+                raise InputError(f"{folder}: shard {shard!r} is missing, though {INDEX} names it; download it again")
         return [folder / s for s in shards], weight_map
     found = [folder / SINGLE] if SINGLE in there else [folder / name for name in sorted(there)]
     if len(found) == 1:
@@ -293,14 +301,35 @@ def _shards(folder: Path, there: Collection[str]) -> tuple[list[Path], dict[str,
     raise InputError(f"{folder}: no safetensors weights ({SINGLE} or {INDEX})")
 
 
+def read_index(folder: Path) -> dict[str, str]:
+    """The index of a folder: tensor -> shard. Raises InputError for anything else."""
+    weight_map = hub.read_json(folder / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+        raise InputError(f"{folder / INDEX}: not a safetensors index: its weight_map does not name a shard a tensor")
+    return weight_map
+
+
 def is_other_weights(file: Path) -> bool:
     """True for weight files in any format and their indexes: they are rewritten or dropped, never copied."""
     return file.suffix in OTHER_WEIGHTS or file.name.endswith((".safetensors.index.json", ".bin.index.json"))
 
 
 def other_files(folder: Path) -> Iterable[Path]:
-    """Every file of a model folder that is not hidden, relative to it, in a fixed order."""
+    """Every file of a model folder that is not hidden, relative to it, in a fixed order.
+
+    Raises InputError for a link to a file elsewhere, but for weights: what it leads to would be copied, and published.
+    """
     for path in sorted(folder.rglob("*")):
         relative = path.relative_to(folder)
         if path.is_file() and not any(part.startswith(".") for part in relative.parts):
+            if path.is_symlink() and not is_other_weights(path) and not _is_inside(path.resolve(), folder.resolve()):
+                raise InputError(
+                    f"{path}: is a link to {path.resolve()}, outside the model's folder; put the file itself there"
+                )
             yield relative
+
+
+def _is_inside(file: Path, folder: Path) -> bool:
+    """Whether a file belongs to a folder; the Hub's cache keeps those of snapshots/REVISION in blobs, beside it."""
+    blobs = folder.parents[1] / "blobs" if folder.parent.name == "snapshots" else folder
+    return file.is_relative_to(folder) or file.is_relative_to(blobs)

@@ -132,7 +132,10 @@ def serve(
     ] = 10.0,
     device: DeviceOption = Device.auto,
 ) -> None:
-    """Serve a checkpoint by OpenAI's API: chat and text completions, streamed or whole."""
+    """Serve a checkpoint by OpenAI's API: chat and text completions, streamed or whole.
+
+    Attention and KV cache are transformers' own, in the model's dtype; the weights stay packed.
+    """
     api = _quiet()
     from quantkit.runtime.serve import serve as serving
 

@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from quantkit import hub, output
+from quantkit import output
+from quantkit import summary as reading
 from quantkit.errors import InputError, MissingError
 from quantkit.recipe import Recipe
 
@@ -25,11 +26,13 @@ def read(folders: Sequence[str | Path]) -> list[dict[str, Any]]:
 def _read(folder: Path) -> dict[str, Any]:
     if not (folder / output.SUMMARY).is_file():
         raise InputError(f"{folder}: holds no {output.SUMMARY}; compare outputs of quantkit quantize")
-    summary = hub.read_json(folder / output.SUMMARY)
+    summary = reading.read(folder)
     validation = summary.get("validation") or {}
     measured = validation.get("comparison")
     if not measured:
         raise InputError(f"{folder}: was not measured; run quantkit validate {folder}")
+    if not summary.get("recipe") or not summary.get("source") or not (summary.get("size") or {}).get("source_bytes"):
+        raise InputError(f"{folder}: its {output.SUMMARY} does not say from what it was made; it is of another tool")
     recipe = Recipe.from_any(summary["recipe"])
     chosen = (summary.get("allocation") or {}).get("auto")
     return {
@@ -37,13 +40,13 @@ def _read(folder: Path) -> dict[str, Any]:
         "name": folder.name,
         "scheme": f"auto {chosen['bits']:g}" if chosen else recipe.scheme.label,
         "method": " + ".join([*(t.name for t in recipe.transforms), recipe.method_name]),
-        "bytes": summary["size"]["output_bytes"],
+        "bytes": summary["size"].get("output_bytes", 0),
         "source_bytes": summary["size"]["source_bytes"],
-        "fingerprint": summary["source"]["fingerprint"],
+        "fingerprint": summary["source"].get("fingerprint"),
         "texts": recipe.validation and (recipe.validation.perplexity.data, recipe.validation.perplexity.length),
         "flips": (validation.get("flips") or {}).get("rate", {}).get("value"),
         "tasks": validation.get("tasks") or {},
-        "status": summary["status"],
+        "status": summary.get("status", ""),
         **measured,
     }
 

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from quantkit import formats, hub, numerics, output, packed, stacking
+from quantkit import summary as reading
 from quantkit.checkpoint import DTYPES, bits_per_weight, nbytes
 from quantkit.errors import InputError
 from quantkit.formats import awq, gptq
@@ -338,8 +339,7 @@ def _config(plan: Plan) -> dict[str, Any]:
 
 def _earlier(folder: Path) -> dict[str, Any]:
     """quantkit.json of a folder; empty when it has none."""
-    file = folder / output.SUMMARY
-    return hub.read_json(file) if file.is_file() else {}
+    return reading.read(folder) if (folder / output.SUMMARY).is_file() else {}
 
 
 def _history(plan: Plan) -> dict[str, Any]:

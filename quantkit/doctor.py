@@ -25,6 +25,7 @@ REQUIRED = {
     "typer": "0.16",
     "rich": "13.9",
     "pyyaml": "6.0.2",
+    "regex": "2024.11",
 }
 PYTHON_FLOOR = "3.10"
 OPTIONAL = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -87,7 +88,7 @@ class Source:
     def stamp(self) -> dict[str, str]:
         """Size and time of config.json and every shard: tells whether a file was written to since."""
         found = {}
-        for file in [self.folder / CONFIG, *sorted(self.folder.glob("*.safetensors"))]:
+        for file in [self.folder / CONFIG, *sorted(p for p in self.folder.glob("*.safetensors") if p.is_file())]:
             stat = file.stat()
             time = datetime.fromtimestamp(stat.st_mtime_ns // 10**9, timezone.utc)
             found[file.name] = f"{stat.st_size} bytes of {time:%Y-%m-%d %H:%M:%S}.{stat.st_mtime_ns % 10**9:09d}"
@@ -110,17 +111,17 @@ def resolve(model: str, *, delete_shards: bool = False, progress: Progress | Non
     """
     if model.startswith(BUILTIN):
         folder = ASSETS / model.removeprefix(BUILTIN)
-        if not (folder / CONFIG).is_file() or folder.parent != ASSETS:
+        if not os.path.isfile(folder / CONFIG) or folder.parent != ASSETS:
             known = ", ".join(sorted(BUILTIN + p.parent.name for p in ASSETS.glob("*/config.json")))
             raise InputError(f"no built-in model is named {model!r}; known: {known}")
         return Source(model, folder)
-    folder = Path(model).expanduser()
-    if folder.is_dir():
+    folder = _expanded(model)
+    if os.path.isdir(folder):  # unlike Path.is_dir, False for a name that is too long to be one
         if not (folder / CONFIG).is_file():
             raise InputError(f"{folder}: no config.json, so it is not a model folder")
         return Source(model, folder)
     name, _, revision = model.partition("@")
-    if folder.exists() or not REPO_ID.fullmatch(name) or name.startswith("."):
+    if os.path.exists(folder) or not REPO_ID.fullmatch(name) or name.startswith("."):
         raise InputError(
             f"model {model!r} is neither a folder on this machine nor a Hub id (org/name or org/name@revision)"
         )
@@ -128,6 +129,13 @@ def resolve(model: str, *, delete_shards: bool = False, progress: Progress | Non
     files = open_files(name, revision or None, progress)
     _check(name, files.known)
     return Source(name, files.folder, files.commit, HubShards(files, progress, delete=delete_shards))
+
+
+def _expanded(model: str) -> Path:
+    try:
+        return Path(model).expanduser()
+    except (RuntimeError, ValueError) as e:  # ~name of nobody, a NUL in it
+        raise InputError(f"model {model!r}: {e}") from None
 
 
 def is_small(path: str) -> bool:
@@ -219,9 +227,13 @@ def _folder(name: str, revision: str, commit: str, calls: Calls) -> Path:
 def _cached(name: str, revision: str | None) -> HubFiles:
     """What the cache has of a revision: its files, and those that its index names."""
     from huggingface_hub import constants, try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
 
     wanted = revision or constants.DEFAULT_REVISION
-    found = try_to_load_from_cache(name, CONFIG, revision=wanted)
+    try:
+        found = try_to_load_from_cache(name, CONFIG, revision=wanted)
+    except (HFValidationError, ValueError, OSError) as e:  # a NUL in the revision, or more than a path holds
+        raise InputError(f"model {name!r}, revision {wanted!r}, is not a Hub id: {e}") from None
     if not isinstance(found, str):
         raise MissingError(
             f"{name}: offline mode is on (HF_HUB_OFFLINE), and config.json of {wanted} is not in the cache "
@@ -251,9 +263,14 @@ def _check(name: str, known: Mapping[str, Known]) -> None:
 def read_json(file: Path) -> dict[str, Any]:
     """A JSON object from a file. Raises InputError with the file and the place of the fault."""
     try:
-        content = json.loads(file.read_text("utf-8"))
+        text = file.read_text("utf-8")
+        content = json.loads(text)
+        if "\\u" in text:
+            json.dumps(content, ensure_ascii=False).encode()  # half of a surrogate pair is in no file and on no screen
     except (ValueError, OSError) as e:
         raise InputError(f"{file}: not readable as JSON ({e})") from None
+    except RecursionError:
+        raise InputError(f"{file}: not readable as JSON (nested too deeply)") from None
     if not isinstance(content, dict):
         raise InputError(f"{file}: holds a {type(content).__name__} where an object is expected")
     return content

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from quantkit import card, card_parts, hub, hub_commit, integrity, output
+from quantkit import summary as reading
 from quantkit.checkpoint import other_files
 from quantkit.errors import InputError, MissingError
 from quantkit.hub_calls import Calls, Failure
@@ -217,7 +218,7 @@ def _checked(folder: Path, unvalidated: bool) -> dict[str, Any]:
     """The folder's quantkit.json, if the folder may be pushed."""
     if not (folder / output.SUMMARY).is_file():
         raise InputError(f"{folder}: holds no {output.SUMMARY}; push what quantkit quantize or convert wrote")
-    summary = hub.read_json(folder / output.SUMMARY)
+    summary = reading.read(folder)
     status = summary.get("status")
     if status != VALIDATED and not unvalidated:
         advice = "quantize with other settings" if status == "failed" else f"run quantkit validate {folder}"

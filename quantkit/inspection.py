@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from quantkit import blocks, experts, formats, hub, inventory, output, packed, skeleton
+from quantkit import summary as reading
 from quantkit.checkpoint import Checkpoint, nbytes
 from quantkit.plan import short
 from quantkit.types import Format, Scheme, TensorSpec
@@ -23,7 +24,7 @@ def inspect(path: str) -> dict[str, Any]:
     config = hub.read_json(source.folder / "config.json")
     checkpoint = source.checkpoint()
     facts: list[tuple[str, str]] = [
-        ("model", ", ".join(config.get("architectures") or [str(config.get("model_type", "?"))])),
+        ("model", _architecture(config)),
         (
             "size",
             f"{checkpoint.size():,} bytes in {len(checkpoint.specs)} tensors",
@@ -33,6 +34,12 @@ def inspect(path: str) -> dict[str, Any]:
     if quantization is not None:
         return _quantized(source, checkpoint, quantization, facts)
     return _original(source, checkpoint, facts)
+
+
+def _architecture(config: Mapping[str, Any]) -> str:
+    named = config.get("architectures")
+    known = [x for x in named if isinstance(x, str)] if isinstance(named, list) else []
+    return ", ".join(known) or str(config.get("model_type", "?"))
 
 
 def _original(source: hub.Source, checkpoint: Checkpoint, facts: list[tuple[str, str]]) -> dict[str, Any]:
@@ -86,15 +93,14 @@ def _quantized(
     form = formats.by_method(method)
     config = form.read_config(quantization)
     warnings = [f"quantkit cannot read this checkpoint: {config.unsupported}"] if config.unsupported else []
-    summary_file = source.folder / output.SUMMARY
-    summary = hub.read_json(summary_file) if summary_file.is_file() else {}
+    summary = reading.read(source.folder) if (source.folder / output.SUMMARY).is_file() else {}
     if summary:
         facts.append(("status", str(summary.get("status"))))
         facts.append(("made from", str((summary.get("source") or {}).get("model", "another tool's checkpoint"))))
     if tensors := summary.get("tensors"):
         kinds = [f"{tensors[kind]} {kind}" for kind in inventory.KINDS[:-1] if kind in tensors]
         facts.append(("source's tensors", f"{', '.join([*kinds, str(len(tensors['dropped'])) + ' dropped'])}"))
-    errors = {x["name"]: x["relative_error"] for x in summary.get("layers", [])}
+    errors = {x["name"]: x["relative_error"] for x in summary.get("layers", []) if x.get("relative_error") is not None}
     found = packed.groups(form, checkpoint.specs)
     alike: dict[tuple[str, str, str], list[tuple[str, int, int]]] = {}
     for name in sorted({*found, *_dense(checkpoint, found)}, key=packed.natural):

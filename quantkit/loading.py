@@ -56,8 +56,9 @@ def not_held(folder: Path, *, trust: bool = False) -> str | None:
     if read.unsupported is not None:
         # transformers' own loader, or its error, is as good as what could be said here
         return None if form.QUANT_METHOD == "compressed-tensors" else str(read.unsupported)
-    model = skeleton.unquantized(folder, trust_remote_code=trust)
-    files = sorted({str(file) for file in Checkpoint.open(folder).where.values()})
+    checkpoint = Checkpoint.open(folder)
+    model = skeleton.unquantized(folder, checkpoint, trust_remote_code=trust)
+    files = sorted({str(file) for file in checkpoint.where.values()})
     try:
         planning.plan(model, form, read, files)
         planning.caches(model, form, read, files)

@@ -7,6 +7,8 @@ linears, whether a file has a tensor for each or one for all.
 
 from __future__ import annotations
 
+import copy
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,10 +22,14 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
+from quantkit import hub
 from quantkit.apart import Piece, take_apart
 from quantkit.checkpoint import DTYPES, Checkpoint
 from quantkit.errors import InputError
 from quantkit.types import TensorSpec
+
+MOST = 16  # weights a byte of the shards: a weight takes two bits or more, and experts may be shared
+_COUNTS = re.compile(r"(?:num|n)_(?:\w+_)?(?:layers?|experts)|(?:en|de)coder_layers")
 
 # a parameter's name in memory, its tensor from disk, and a function that reads another -> the tensor to use
 Rewrite = Callable[[str, torch.Tensor, Callable[[str], torch.Tensor]], torch.Tensor]
@@ -137,10 +143,11 @@ def build(folder: Path, checkpoint: Checkpoint, *, trust_remote_code: bool = Fal
     Raises InputError for an architecture that transformers does not know, for code in the repository that was not
     allowed, for tensors that are missing or of another shape, and for what cannot be quantized block by block yet.
     """
-    config = _config(folder, trust_remote_code)
+    config = _config(folder, checkpoint, trust_remote_code)
     if getattr(config, "quantization_config", None) is not None:
         method = dict(config.quantization_config).get("quant_method", "an unknown method")
         raise InputError(f"{folder}: is already quantized ({method}); start from the original model")
+    _check_weights(config, folder, checkpoint, trust_remote_code)
     return _map(empty(config, folder, trust_remote_code=trust_remote_code), checkpoint)
 
 
@@ -158,32 +165,74 @@ def empty(config: Any, folder: Path, *, trust_remote_code: bool = False) -> Any:
     try:
         with init_empty_weights(include_buffers=False):
             model = auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
-    except (ValueError, KeyError, AttributeError, TypeError, ImportError) as e:
+        model.eval()
+        model.requires_grad_(False)
+        model.tie_weights()
+    except Exception as e:  # an architecture's code raises whatever it likes for a config that it was not made for
         raise InputError(f"{folder}: transformers cannot build a language model of type {kind!r}: {_line(e)}") from None
-    model.eval()
-    model.requires_grad_(False)
-    model.tie_weights()
     return model
 
 
-def _config(folder: Path, trust_remote_code: bool) -> Any:
+def _config(folder: Path, checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
+    _check_counts(folder, checkpoint)
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (ValueError, KeyError, OSError, TypeError, ImportError) as e:
-        raise InputError(f"{folder / 'config.json'}: {_config_problem(str(e))}") from None
+    except Exception as e:  # as above
+        raise InputError(f"{folder / 'config.json'}: {_config_problem(e)}") from None
 
 
-def _config_problem(message: str) -> str:
-    if "trust_remote_code" in message or "execute the" in message:
+def _config_problem(e: Exception) -> str:
+    if "trust_remote_code" in str(e) or "execute the" in str(e):
         return (
             "this model needs code from its repository, which is not run unless you allow it; "
             "read that code, then set `trust_remote_code: true` in the recipe"
         )
-    return f"transformers does not know this architecture ({(message.splitlines() or ['no reason given'])[0][:300]})"
+    if isinstance(e, ValueError | KeyError | OSError | ImportError):
+        return f"transformers does not know this architecture ({_line(e)})"
+    return f"transformers cannot read it ({_line(e)})"
 
 
 def _line(e: Exception) -> str:
-    return (str(e).splitlines() or [type(e).__name__])[0][:300]
+    return " ".join(str(e).split())[:300] or type(e).__name__
+
+
+def _check_counts(folder: Path, checkpoint: Checkpoint) -> None:
+    """Refuses a config.json that asks for more layers or experts than there are tensors: a number that is wrong.
+
+    transformers makes a module of each, and lists of them before that, which no machine ends with.
+    """
+    most = max(512, len(checkpoint.specs))
+
+    def look(content: Any) -> None:
+        for key, value in content.items() if isinstance(content, dict) else ():
+            if isinstance(value, int) and value > most and _COUNTS.fullmatch(key):
+                raise InputError(
+                    f"{folder / 'config.json'}: {key} is {value:.3g}, but the shards hold {len(checkpoint.specs)} "
+                    "tensors; the weights and the config do not belong together"
+                    if value < 1 << 1000
+                    else f"{folder / 'config.json'}: {key} has {value.bit_length()} bits, which counts nothing"
+                )
+            look(value)
+
+    look(hub.read_json(folder / "config.json"))
+
+
+def _check_weights(config: Any, folder: Path, checkpoint: Checkpoint, trust_remote_code: bool) -> None:
+    """Refuses a config that makes a model many times larger than its shards, before memory is asked for it."""
+    try:
+        with torch.device("meta"):
+            config = copy.deepcopy(config)
+            model = auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
+    except Exception:
+        return  # not to be made, or not on meta: what is wrong shows when it is made
+    weights = sum(p.numel() for p in model.parameters())
+    buffers = sum(b.nbytes for b in model.buffers())
+    size = checkpoint.size()
+    if max(weights, buffers) > max(MOST * size, 1 << 24):
+        raise InputError(
+            f"{folder / 'config.json'}: makes a model of {weights:,} weights, and tables of {buffers:,} bytes, but the "
+            f"shards have {size:,} bytes; the weights and the config do not belong together"
+        )
 
 
 def namer(model: Any) -> Callable[[str], tuple[str, bool]]:
@@ -200,15 +249,16 @@ def namer(model: Any) -> Callable[[str], tuple[str, bool]]:
     return in_memory
 
 
-def unquantized(folder: Path, *, trust_remote_code: bool = False) -> Any:
+def unquantized(folder: Path, checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Any:
     """The empty model of a quantized folder, as if its weights were dense.
 
     Raises InputError for an architecture that transformers does not know.
     """
-    config = _config(folder, trust_remote_code)
+    config = _config(folder, checkpoint, trust_remote_code)
     for part in {id(c): c for c in (config, config.get_text_config())}.values():
         if getattr(part, "quantization_config", None) is not None:
             del part.quantization_config
+    _check_weights(config, folder, checkpoint, trust_remote_code)
     return empty(config, folder, trust_remote_code=trust_remote_code)
 
 

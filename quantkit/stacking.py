@@ -31,7 +31,7 @@ def wholes(source: Packed, dtype: str) -> Wholes:
     if not apart:
         return {}
     try:
-        model = skeleton.unquantized(source.folder)
+        model = skeleton.unquantized(source.folder, source.checkpoint)
     except InputError:
         return {}
     in_memory = skeleton.namer(model)

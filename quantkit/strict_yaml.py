@@ -1,8 +1,8 @@
 """YAML that refuses what a reader would misread, and remembers the line of every key.
 
-YAML 1.1 as PyYAML reads it, with three differences: a key given twice is an error (PyYAML keeps the last one), anchors
-and aliases are refused (a page of settings needs none, and they can make a small file grow without bound), and `1e-2`
-is a number (YAML 1.1 asks for `1.0e-2` and reads anything less as text).
+YAML 1.1 as PyYAML reads it, with three differences: a key given twice is an error (PyYAML keeps the last one), `1e-2`
+is a number (YAML 1.1 asks for `1.0e-2` and reads anything less as text), and what a page of settings does not need is
+refused: anchors and aliases, which can make a small file grow without bound, tags, deep nesting, long numbers.
 """
 
 from __future__ import annotations
@@ -14,6 +14,9 @@ from typing import Any
 import yaml
 
 from quantkit.errors import InputError
+
+DEPTH = 64  # levels; a recipe has seven
+DIGITS = 100
 
 KeyPath = tuple[str | int, ...]
 
@@ -28,6 +31,7 @@ class _Dumper(yaml.SafeDumper):
     """The safe dumper; it quotes what `_Loader` would read as something other than text."""
 
 
+SURROGATE = re.compile("[\ud800-\udfff]")
 _BREAKS = re.compile("[\x85\u2028\u2029\r]")
 
 
@@ -52,10 +56,7 @@ class Document:
 def parse(text: str, where: str) -> Document:
     """Reads one YAML document. Raises InputError with `where`, line and column for anything that is not clean YAML."""
     try:
-        for event in yaml.parse(text, Loader=_Loader):
-            if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
-                line = event.start_mark.line + 1 if event.start_mark else 1
-                raise InputError(f"{where}:{line}: anchors and aliases are not supported; write the value out")
+        _check_events(text, where)
         node = yaml.compose(text, Loader=_Loader)
         lines: dict[KeyPath, int] = {}
         if node is not None:
@@ -74,9 +75,33 @@ def parse(text: str, where: str) -> Document:
         raise InputError(f"{where}: nested too deeply to be read") from None
 
 
+def _check_events(text: str, where: str) -> None:
+    """Refuses, as soon as they are met, what makes a small text large or slow: aliases, tags, deep nesting."""
+    depth = 0
+    for event in yaml.parse(text, Loader=_Loader):
+        place = f"{where}:{event.start_mark.line + 1 if event.start_mark else 1}"
+        if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
+            raise InputError(f"{place}: anchors and aliases are not supported; write the value out")
+        tag = getattr(event, "tag", None)
+        if tag is not None:
+            raise InputError(f"{place}: the tag {tag} is not supported; write the value without it")
+        if isinstance(event, yaml.CollectionStartEvent):
+            depth += 1
+        elif isinstance(event, yaml.CollectionEndEvent):
+            depth -= 1
+        if depth > DEPTH:
+            raise InputError(f"{place}: nested too deeply to be read: more than {DEPTH} levels")
+
+
 def _walk(node: yaml.Node, path: KeyPath, lines: dict[KeyPath, int], where: str) -> None:
-    lines.setdefault(path, node.start_mark.line + 1)
-    if isinstance(node, yaml.MappingNode):
+    line = node.start_mark.line + 1
+    lines.setdefault(path, line)
+    if isinstance(node, yaml.ScalarNode):
+        if SURROGATE.search(node.value):
+            raise InputError(f"{where}:{line}: holds half of a surrogate pair, which is no character")
+        if node.tag == "tag:yaml.org,2002:int" and len(node.value) > DIGITS:
+            raise InputError(f"{where}:{line}: a number of {len(node.value)} characters; {DIGITS} are the most")
+    elif isinstance(node, yaml.MappingNode):
         for key, value in node.value:
             line = key.start_mark.line + 1
             if key.tag != "tag:yaml.org,2002:str":  # a list, a number, `on`, which YAML reads as true, or `<<`

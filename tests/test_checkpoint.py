@@ -120,7 +120,7 @@ def two_shards(tmp_path):
 def test_missing_shard(two_shards):
     name = next(two_shards.glob("model-00002*")).name
     (two_shards / name).unlink()
-    with pytest.raises(InputError, match=f"{name} is missing"):
+    with pytest.raises(InputError, match=f"{name}' is missing"):
         Checkpoint.open(two_shards)
 
 

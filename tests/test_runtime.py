@@ -69,6 +69,11 @@ def logits(model):
         return model(IDS).logits
 
 
+def same(ours, theirs, *, exact):
+    """Not to the bit where torch's own int4 product, which does not round the weight, computes in bfloat16."""
+    assert torch.equal(ours, theirs) if exact else (ours - theirs).float().norm() <= 3e-2 * theirs.float().norm()
+
+
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_stays_packed_and_computes_the_dense_reference(name, checkpoints, caplog):
     folder, dense = checkpoints(name)
@@ -82,7 +87,7 @@ def test_stays_packed_and_computes_the_dense_reference(name, checkpoints, caplog
         line = layout.get(layer.held.kind).line
         columns, rows = -(-layer.in_features // line) * line, -(-layer.out_features // 8) * 8
         assert layer.codes.nbytes == columns * rows * layout.get(layer.held.kind).bits // 8
-    assert torch.equal(logits(model), logits(reference))
+    same(logits(model), logits(reference), exact=name != "w4g128")
     assert model.get_memory_footprint() == footprint  # the forward has unpacked nothing for good
     assert not [r for r in caplog.records if r.name == "quantkit" and r.levelno > logging.INFO]
 
@@ -158,7 +163,7 @@ def test_a_base_model_and_a_head_load_from_the_same_checkpoint(checkpoints):
     folder, dense = checkpoints("w4g128")
     with torch.no_grad():
         ours, theirs = (AutoModel.from_pretrained(f)(IDS).last_hidden_state for f in (folder, dense))
-    assert torch.equal(ours, theirs)
+    same(ours, theirs, exact=False)
     classifier = transformers.AutoModelForSequenceClassification.from_pretrained(folder, num_labels=3)
     assert len(packed_layers(classifier)) == 14
     assert type(classifier.score) is nn.Linear  # not in the checkpoint: new, dense
@@ -206,7 +211,7 @@ def test_names_that_transformers_renames(tmp_path):
     assert not found.keys() & schemes.keys()
     assert sorted(found.values()) == [4, 8]
     dense = transformers.LlavaForConditionalGeneration.from_pretrained(decoded(folder, tmp_path / "dense"))
-    assert torch.equal(logits(model), logits(dense))
+    same(logits(model), logits(dense), exact=False)
 
 
 # what is not kept packed ---------------------------------------------------------------------------------------------

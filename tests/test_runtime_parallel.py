@@ -19,7 +19,9 @@ from test_runtime_writers import GPTQ, held_of, weight_of
 import quantkit
 from quantkit.errors import InputError
 from quantkit.presets import PRESETS
+from quantkit.types import Scheme, TensorScheme
 
+ASYMMETRIC = TensorScheme("int8", "token", symmetric=False, dynamic=True)
 RANK = """
 import os, sys
 import torch
@@ -58,23 +60,27 @@ def test_two_ranks_compute_what_one_computes(tmp_path: Path) -> None:
     sizes["num_key_value_heads"] = 8
     folders = {"W4A16": ("compressed-tensors", PRESETS["W4A16"]), "fp8": ("fp8-block", PRESETS["FP8_BLOCK"])}
     folders["nvfp4"] = ("modelopt", PRESETS["NVFP4"])
+    for name in ("FP8_DYNAMIC", "W8A8", "W4AFP8"):  # scales of whole tokens
+        folders[name] = ("compressed-tensors", PRESETS[name])
+    folders["asymmetric"] = ("compressed-tensors", Scheme(TensorScheme("int8"), ASYMMETRIC))
     for name, (form, scheme) in folders.items():
         packed_models.save(tmp_path / name, form, scheme, model=sizes)
     mixture = {**SIZES, "moe_intermediate_size": 256, "num_key_value_heads": 4}
     pack_experts(tiny.save(tmp_path / "mixture", "qwen3-moe", **mixture, num_experts=4), *SCHEMES["W4A16"])
+    pack_experts(tiny.save(tmp_path / "fp8-mixture", "qwen3-moe", **mixture, num_experts=4), *SCHEMES["FP8_DYNAMIC"])
     (tmp_path / "rank.py").write_text(RANK)
     paths = {str(Path(m.__file__ or "").parents[1]) for m in (quantkit, sys.modules["quantkit_kernels"])}
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sorted(paths)), "OMP_NUM_THREADS": "1"}
     run = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(tmp_path / "rank.py")]
     done = subprocess.run(
-        [*run, *(str(tmp_path / x) for x in (*folders, "mixture"))],
+        [*run, *(str(tmp_path / x) for x in (*folders, "mixture", "fp8-mixture"))],
         capture_output=True,
         text=True,
         check=False,
         env=environment,
     )
     results = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("RESULT")]
-    assert len(results) == 4, done.stderr[-2000:]
+    assert len(results) == 9, done.stderr[-2000:]
     for error, slope, part in results:
         assert float(error) < 1e-5 and float(slope) < 1e-4 and float(part) == 0.5
     (saving,) = [line for line in done.stdout.splitlines() if line.startswith("SAVING")]

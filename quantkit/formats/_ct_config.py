@@ -16,9 +16,11 @@ from typing import Any, cast
 
 import torch
 
+from quantkit import patterns
 from quantkit.errors import InputError
 from quantkit.formats._ct_calibrated import is_kv
 from quantkit.formats._ct_layouts import LAYOUTS, is_input, layout, words
+from quantkit.formats._shared import LARGEST
 from quantkit.presets import PRESETS
 from quantkit.types import QuantizedTensor, Scheme, Strategy, TensorScheme
 
@@ -167,7 +169,7 @@ class ReadConfig:
 
 def _matches(target: str, name: str) -> bool:
     if target.startswith("re:"):
-        return re.match(target.removeprefix("re:"), name) is not None
+        return patterns.matches(target.removeprefix("re:"), name)
     return target == name
 
 
@@ -192,7 +194,8 @@ def _read(c: Mapping[str, Any]) -> ReadConfig:
     for key in ("transform_config", "moe_sparsity_config"):
         if c.get(key):
             raise _Unsupported(f"{key} is set")
-    if (c.get("sparsity_config") or {}).get("format", "dense") != "dense":
+    sparsity = c.get("sparsity_config") or {}
+    if not isinstance(sparsity, Mapping) or sparsity.get("format", "dense") != "dense":
         raise _Unsupported("sparsity_config is set")
     groups = c.get("config_groups")
     if not isinstance(groups, Mapping) or not groups:
@@ -212,8 +215,8 @@ def _strings(where: str, value: Any) -> tuple[str, ...]:
         raise _Unsupported(f"{where} is not a list of strings")
     for pattern in (x.removeprefix("re:") for x in value if x.startswith("re:")):
         try:
-            re.compile(pattern)
-        except re.error as error:
+            patterns.compiled(pattern)
+        except patterns.PatternError as error:
             raise _Unsupported(f"{where} has the pattern {pattern!r}, which does not compile: {error}") from error
     return tuple(value)
 
@@ -271,7 +274,7 @@ def _read_args(where: str, given: Any) -> TensorScheme:
     if theirs not in _STRATEGIES:
         raise _Unsupported(f"{where} is {_their_words(given)}")
     strategy = _STRATEGIES[theirs]
-    if strategy == "group" and (size is None or size < 1):
+    if strategy == "group" and (size is None or not 1 <= size <= LARGEST):
         raise _Unsupported(f"{where} has strategy {theirs!r} with group_size {size!r}")
     dynamic = given.get("dynamic", False)
     if dynamic not in (True, False, None) and (dynamic, theirs) != ("local", "tensor_group"):
@@ -320,8 +323,12 @@ def _number(where: str, given: Mapping[str, Any], strategy: str) -> str:
 def _block(where: str, given: Mapping[str, Any]) -> tuple[int, int]:
     """[128, 128], or "128x128" as older versions have it."""
     value = given.get("block_structure")
-    if isinstance(value, str) and re.fullmatch(r"\d+x\d+", value):
+    if isinstance(value, str) and re.fullmatch(r"\d{1,6}x\d{1,6}", value):
         value = [int(x) for x in value.split("x")]
-    if not isinstance(value, list | tuple) or len(value) != 2 or any(type(x) is not int or x < 1 for x in value):
+    if (
+        not isinstance(value, list | tuple)
+        or len(value) != 2
+        or any(type(x) is not int or not 1 <= x <= LARGEST for x in value)
+    ):
         raise _Unsupported(f"{where}.block_structure is {value!r}")
     return cast(tuple[int, int], tuple(value))

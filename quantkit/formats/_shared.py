@@ -13,11 +13,13 @@ from typing import Any
 
 import torch
 
+from quantkit import patterns
 from quantkit.checkpoint import NAMES
 from quantkit.errors import InputError
 from quantkit.types import QParams, QuantizedTensor, Scheme, TensorScheme, TensorSpec
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+LARGEST = (1 << 31) - 1  # of what configs count
 FLOAT = "float"  # as the dtype of a TensorSpec: any of FLOATS
 
 
@@ -61,7 +63,7 @@ class ReadConfig:
         if excluded(name, self.ignore):
             return None
         for override in self.overrides:
-            if re.match(override.pattern, name):
+            if patterns.matches(override.pattern, name):
                 return override.scheme
         return self.scheme
 
@@ -97,20 +99,20 @@ def integer(config: Mapping[str, Any], *keys: str, default: int | None = None) -
     for key in keys:
         if config.get(key) is not None:
             value = config[key]
-            if type(value) is not int:
-                raise Unsupported(f"{key} is {value!r}, not an integer")
+            if type(value) is not int or abs(value) > LARGEST:
+                raise Unsupported(f"{key} is {value!r}, not an integer of 32 bits")
             return value
     if default is None:
         raise Unsupported(f"{keys[0]} is missing")
     return default
 
 
-def excluded(name: str, patterns: tuple[str, ...]) -> bool:
+def excluded(name: str, ignore: tuple[str, ...]) -> bool:
     """Whether a pattern is a run of whole parts of a dotted name: "mlp.gate" is none of "mlp.gate_proj"."""
-    for pattern in patterns:
+    for pattern in ignore:
         # ".*" is a glob's "." and "*", or a regular expression's "anything": either way the dot may be missing
         body = re.escape(pattern).replace(r"\.\*", r"(?:\..*)?").replace(r"\*", ".*")
-        if re.search(rf"(?:^|\.)(?:{body})(?:\.|$)", name):
+        if patterns.matches(rf"(?:^|\.)(?:{body})(?:\.|$)", name, anywhere=True):
             return True
     return False
 

@@ -19,7 +19,18 @@ from typing import Any
 import torch
 
 from quantkit.errors import InputError
-from quantkit.formats._shared import FLOATS, ReadConfig, Unsupported, check, dense, fits, one_scheme, reading, strings
+from quantkit.formats._shared import (
+    FLOATS,
+    LARGEST,
+    ReadConfig,
+    Unsupported,
+    check,
+    dense,
+    fits,
+    one_scheme,
+    reading,
+    strings,
+)
 from quantkit.types import QParams, QuantizedTensor, Scheme, TensorScheme, TensorSpec
 
 QUANT_METHOD = "fp8"
@@ -133,7 +144,12 @@ def _read(c: Mapping[str, Any]) -> ReadConfig:
     block = c.get("weight_block_size")
     if block is None:
         raise Unsupported("weight_block_size is not set: a scale per tensor, which readers find under different names")
-    if not isinstance(block, list | tuple) or [type(x) for x in block] != [int, int] or min(block) < 1:
+    if (
+        not isinstance(block, list | tuple)
+        or [type(x) for x in block] != [int, int]
+        or min(block) < 1
+        or max(block) > LARGEST
+    ):
         raise Unsupported(f"weight_block_size is {block!r}, not two positive integers")
     for key, known in (("fmt", "e4m3"), ("activation_scheme", "dynamic"), ("expert_dtype", "fp8")):
         if c.get(key, known) != known:

@@ -26,7 +26,7 @@ from typing import Any, Literal
 
 import torch
 
-from quantkit import numerics
+from quantkit import numerics, patterns
 from quantkit.errors import InputError
 from quantkit.formats._shared import (
     FLOAT,
@@ -284,8 +284,8 @@ def _read(c: Mapping[str, Any]) -> ReadConfig:
     for pattern, changes in (c.get("dynamic") or {}).items():
         body = pattern[2:] if pattern[:2] in ("-:", "+:") else pattern
         try:
-            re.compile(body)
-        except re.error as error:
+            patterns.compiled(body)
+        except patterns.PatternError as error:
             raise Unsupported(f"dynamic has the pattern {body!r}, which does not compile: {error}") from error
         overrides.append(Override(body, None if pattern.startswith("-:") else _read_scheme(c, changes)))
     overrides += _inside(c.get("modules_in_block_to_quantize"), scheme)
@@ -328,7 +328,7 @@ def _by_gptqmodel(c: Mapping[str, Any]) -> bool:
     meta = c.get("meta")
     made = meta.get("quantizer") if isinstance(meta, Mapping) else None
     for producer in made if isinstance(made, list | tuple) else [made]:
-        found = re.match(r"gptqmodel:(\d+)\.(\d+)", str(producer))
+        found = re.match(r"gptqmodel:(\d{1,6})\.(\d{1,6})", str(producer))
         if found and (int(found[1]), int(found[2])) >= (0, 9):
             return True
     return False

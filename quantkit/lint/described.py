@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections import defaultdict
@@ -14,11 +13,10 @@ from typing import Any, Literal
 import torch
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoConfig
 
 from quantkit import formats, hub, packed, skeleton
 from quantkit.apart import together
-from quantkit.checkpoint import INDEX, Checkpoint
+from quantkit.checkpoint import INDEX, Checkpoint, read_index
 from quantkit.errors import InputError
 from quantkit.types import Scheme, TensorSpec
 
@@ -162,7 +160,7 @@ def from_folder(path: Path, tp: int = 1) -> Described:
         owner, _, leaf = name.rpartition(".")
         by_layer[owner][leaf] = spec
     is_packed = {owner for owner, own in by_layer.items() if _is_packed(own)}
-    model, no_model = _model(path)
+    model, no_model = _model(path, checkpoint)
     place = _Place(model, checkpoint, is_packed)
     says_packed = _says_packed(read)
     layers = {}
@@ -267,10 +265,7 @@ def _values(checkpoint: Checkpoint, names: Iterable[str]) -> dict[str, torch.Ten
 
 
 def _index(path: Path) -> Mapping[str, str] | None:
-    if not (path / INDEX).is_file():
-        return None
-    weight_map: Mapping[str, str] = json.loads((path / INDEX).read_text("utf-8"))["weight_map"]
-    return weight_map
+    return read_index(path) if (path / INDEX).is_file() else None
 
 
 def _shards(checkpoint: Checkpoint) -> dict[str, frozenset[str]]:
@@ -285,16 +280,12 @@ def _shards(checkpoint: Checkpoint) -> dict[str, frozenset[str]]:
 # The model that config.json describes --------------------------------------------------------------------------------
 
 
-def _model(path: Path) -> tuple[Any, str | None]:
+def _model(path: Path, checkpoint: Checkpoint) -> tuple[Any, str | None]:
     """The model on meta, as if it were not quantized; or why it cannot be made. Code of the repository is not run."""
     try:
-        config = AutoConfig.from_pretrained(path)
-        for part in {id(c): c for c in (config, config.get_text_config())}.values():
-            if getattr(part, "quantization_config", None) is not None:
-                del part.quantization_config
-        return skeleton.empty(config, path), None
-    except (InputError, ValueError, KeyError, OSError, TypeError, ImportError, AttributeError) as e:
-        return None, (str(e).splitlines() or [type(e).__name__])[0][:200]
+        return skeleton.unquantized(path, checkpoint), None
+    except InputError as e:
+        return None, str(e).removeprefix(f"{path}: ").removeprefix(f"{path / 'config.json'}: ")[:200]
 
 
 class _Place:

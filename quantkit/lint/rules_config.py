@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from quantkit import patterns
 from quantkit.lint.described import Described, Problem, many
 
 _GROUP_KEYS = {"targets", "weights", "input_activations", "output_activations", "format"}
@@ -136,10 +136,10 @@ def ignore_list(d: Described) -> Iterator[Problem]:
     """
     if d.unread is not None:
         return
-    exact, patterns = _ignored(d)
+    exact, ignored = _ignored(d)
     dense = [x.name for x in d.layers.values() if not x.packed]
     if d.format == _CT:
-        forgotten = [n for n in dense if n not in exact and not any(p.match(n) for p in patterns)]
+        forgotten = [n for n in dense if n not in exact and not any(patterns.matches(p, n) for p in ignored)]
     else:
         forgotten = [n for n in dense if d.says_packed(n)]
     if forgotten:
@@ -155,9 +155,10 @@ def ignore_list(d: Described) -> Iterator[Problem]:
         yield Problem("error", many(wrong), "is quantized on disk, and dense by the config", "take it out of the list")
 
 
-def _ignored(d: Described) -> tuple[set[str], list[re.Pattern[str]]]:
-    given = [x for x in d.quantization.get("ignore") or () if isinstance(x, str)]
-    return {x for x in given if not x.startswith("re:")}, [re.compile(x[3:]) for x in given if x.startswith("re:")]
+def _ignored(d: Described) -> tuple[set[str], list[str]]:
+    ignore = d.quantization.get("ignore")
+    given = [x for x in ignore if isinstance(x, str)] if isinstance(ignore, list) else []
+    return {x for x in given if not x.startswith("re:")}, [x[3:] for x in given if x.startswith("re:")]
 
 
 def ignore_names(d: Described) -> Iterator[Problem]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import fnmatch
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,7 +28,7 @@ from pydantic import (
     model_validator,
 )
 
-from quantkit import strict_yaml
+from quantkit import patterns, strict_yaml
 from quantkit.errors import InputError
 from quantkit.recipe import gates as gating
 from quantkit.recipe.calibration import Calibration
@@ -44,7 +45,7 @@ from quantkit.strict_yaml import KeyPath
 from quantkit.types import Scheme
 
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-_SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([A-Za-z]+)")
+_SIZE = re.compile(r"(\d{1,18}(?:\.\d{1,18})?) ?([A-Za-z]+)")
 
 
 class Rule(Part):
@@ -58,15 +59,15 @@ class Rule(Part):
     def _valid_regex(cls, value: str) -> str:
         if value.startswith("re:"):
             try:
-                re.compile(value[3:])
-            except re.error as error:
+                patterns.compiled(value[3:])
+            except patterns.PatternError as error:
                 raise problem("{value} is not a valid regular expression: {why}", value=value, why=str(error)) from None
         return value
 
     def matches(self, name: str) -> bool:
         """Whether this rule speaks of the layer `name`. A regex must match from its start, as in compressed-tensors."""
         if self.match.startswith("re:"):
-            return re.match(self.match[3:], name) is not None
+            return patterns.matches(self.match[3:], name)
         return self.match == name or fnmatch.fnmatchcase(name, self.match)
 
 
@@ -140,6 +141,17 @@ class Export(Part):
     def shard_bytes(self) -> int:
         """`shard_size` in bytes; GB is 10^9, GiB is 2^30."""
         return _bytes(self.shard_size)
+
+
+def _check_text(value: Any, where: str) -> None:
+    """Raises InputError for text with half of a surrogate pair, which neither a file nor pydantic takes."""
+    if isinstance(value, Mapping):
+        value = [*value.keys(), *value.values()]
+    if isinstance(value, list | tuple):
+        for part in value:
+            _check_text(part, where)
+    elif isinstance(value, str) and strict_yaml.SURROGATE.search(value):
+        raise InputError(f"{where}: {value[:60]!r} holds half of a surrogate pair, which is no character")
 
 
 def _bytes(size: str) -> int:
@@ -234,6 +246,8 @@ class Recipe(Part):
             raise InputError(f"{path}: cannot be read as a recipe: {error.strerror}") from None
         except UnicodeDecodeError as error:
             raise InputError(f"{path}: not a text file: byte {error.start} is not UTF-8") from None
+        except ValueError:  # a NUL in it
+            raise InputError(f"{str(path)!r} cannot be the name of a recipe file") from None
         return cls.parse(text, str(path), overrides, model=model)
 
     @classmethod
@@ -269,6 +283,7 @@ class Recipe(Part):
         if not isinstance(data, Mapping):
             raise InputError(f"{where}: expected a mapping such as `scheme: W4A16`, got {shown(data)}")
         tree = copy.deepcopy(dict(data))
+        _check_text(tree, where)
         lines = dict(lines)
         sets: dict[KeyPath, str] = {}
         for item in overrides:
@@ -279,7 +294,7 @@ class Recipe(Part):
             recipe = cls.model_validate(tree)
             return recipe._settled()
         except ValidationError as error:
-            raise explain(error, json_schema(), where, lines, sets) from None
+            raise explain(error, _schema(), where, lines, sets) from None
 
     def _settled(self) -> Recipe:
         """With what the schemes decide, where the recipe does not say it: the method of an effort, and gates."""
@@ -317,6 +332,12 @@ class Recipe(Part):
             else:
                 chosen[name] = None if name.rpartition(".")[2] == "lm_head" else self.scheme.resolve()
         return chosen, silent
+
+
+@functools.cache
+def _schema() -> dict[str, Any]:
+    """The same to read in, made once: each time takes as long as reading a recipe."""
+    return json_schema()
 
 
 def json_schema() -> dict[str, Any]:

@@ -15,7 +15,7 @@ from torch import nn
 
 from quantkit.checkpoint import DTYPES
 from quantkit.errors import InputError
-from quantkit.runtime.rounding import rounded
+from quantkit.runtime.rounding import in_reach, own_columns, rounded
 from quantkit.runtime.stack import Stack
 from quantkit_kernels import activation, layout
 from quantkit_kernels.grouped import grouped_w8a8, grouped_wxa16, sort_by_expert
@@ -54,6 +54,7 @@ class PackedExperts(nn.Module):
         for name, child in fused.named_children():  # the activation, a norm after each expert
             self.add_module(name, child)
         self.rank = 0
+        self.ranks: Any = None  # the process group among which they are split
         self._hold(stacks, down.device)
         # In the dictionary of plain attributes: its methods are used, but it is no part of the tree of modules.
         self.__dict__["fused"] = fused
@@ -154,7 +155,8 @@ class PackedExperts(nn.Module):
         if stack.held.path == "w8a8":
             assert a is not None
             if a.strategy == "token":
-                x_q, x_scale = activation.quantize_per_token(x, a.number)
+                x_q, x_scale = activation.quantize_per_token(in_reach(x, a, self._ranks(side)), a.number)
+                x_q = own_columns(x_q, x)
             else:
                 x_scale = self._static(side, "input_scale")[expert].unsqueeze(-1)
                 x_q = _encoded(x, x_scale, a.number)
@@ -184,7 +186,11 @@ class PackedExperts(nn.Module):
         if not a.dynamic:
             each = self._static(side, "input_scale")[expert].unsqueeze(-1)
             return (_encoded(x, each, a.number).float() * each).to(x.dtype)
-        return rounded(x, a)
+        return own_columns(rounded(in_reach(x, a, self._ranks(side)), a), x)
+
+    def _ranks(self, side: str) -> Any:
+        """The process group among which the columns of a projection's input are split: those of down."""
+        return self.ranks if side == "down" else None
 
     def _static(self, side: str, leaf: str, largest: bool = True) -> torch.Tensor:
         """A calibrated scale of each expert's input, (E,) float32. gate and up share an input: the wider one counts."""

@@ -11,7 +11,7 @@ from torch import nn
 from quantkit.errors import InputError
 from quantkit.runtime.held import Held
 from quantkit.runtime.product import Product
-from quantkit_kernels import wxa16
+from quantkit_kernels import int4_cpu, layout, wxa16
 
 
 class PackedLinear(Product, nn.Linear):
@@ -24,6 +24,8 @@ class PackedLinear(Product, nn.Linear):
     bias: nn.Parameter | None  # type: ignore[assignment]
     joint: Any = None  # of joint.py, where it is multiplied together with others
     place: int = 0
+    words: int4_cpu.Words | None = None  # while its codes are in the order of torch's own int4 product on a CPU
+    fits_words: bool = True  # until it is found that they cannot be
 
     def __init__(
         self,
@@ -72,9 +74,75 @@ class PackedLinear(Product, nn.Linear):
     def tensors(self) -> dict[str, torch.Tensor]:
         """All that is held, by the names of `held.specs()`."""
         if self.joint is None:
-            return super().tensors()
+            found = super().tensors()
+            return found if self.words is None else {**found, "codes": self._kernel_order()}
         kept = {name: t for name, t in self._parameters.items() if t is not None and name != "bias"}
         return {**self.joint.tensors(self.place), **kept}
+
+    # on a CPU --------------------------------------------------------------------------------------------------------
+
+    def _on_words(self, x: torch.Tensor) -> torch.Tensor:
+        """Symmetric int4 in bfloat16 on a CPU by torch's own kernel, a thousand times faster than by decoding W.
+
+        The codes change their order at the first product, in place; who reads or moves them gets the kernels' order.
+        """
+        if x.device.type == "cpu" and x.dtype == torch.bfloat16 and not self._trains(x):
+            if self.words is None and self.fits_words and not torch.compiler.is_compiling():
+                self._enter_cpu_order()
+            if self.words is not None:
+                order = self._get("order")
+                x = x if order is None else x.index_select(-1, order)
+                return int4_cpu.linear(x, self.codes, self.words, self.bias)
+        if self.words is not None:
+            self._leave_cpu_order()
+        return super()._on_words(x)
+
+    def _trains(self, x: torch.Tensor) -> bool:
+        return torch.is_grad_enabled() and (x.requires_grad or (self.bias is not None and self.bias.requires_grad))
+
+    def _enter_cpu_order(self) -> None:
+        found = None
+        size = int4_cpu.size_of(self.held.kind, *self.held.shape, self.held.group)
+        if size and self.codes.device.type == "cpu" and not hasattr(self, "_hf_hook"):
+            with torch.no_grad():
+                found = int4_cpu.to_words(self.held.packed(super().tensors(), 0, self.held.shape[0]))
+        if found is None:
+            self.fits_words = False
+            return
+        words, self.words = found
+        self.codes.data = words.view(-1).view(torch.int32).view(self.codes.shape)
+
+    def _kernel_order(self) -> torch.Tensor:
+        """The codes as layout.py has them."""
+        n, k = self.held.shape
+        codes = int4_cpu.from_words(self.codes.detach().cpu(), n, k)
+        scale = torch.ones(n, 1, dtype=torch.float32)
+        return layout.pack("int4", codes, scale, group=0).codes.to(self.codes.device)
+
+    def _leave_cpu_order(self) -> None:
+        if self.words is not None:
+            self.codes.data = self._kernel_order()
+            self.words = None
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """`to`, `cuda`, `half` and the like."""
+        self._leave_cpu_order()
+        return super()._apply(fn, recurse)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.words is not None:
+            destination[f"{prefix}codes"] = self._kernel_order()
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._leave_cpu_order()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "_old_forward":  # accelerate is about to move its tensors by hooks
+            self._leave_cpu_order()
+            self.fits_words = False
+        super().__setattr__(name, value)
 
     # loading and saving, as conversion.py asks ----------------------------------------------------------------------
 

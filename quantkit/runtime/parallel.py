@@ -4,6 +4,9 @@ transformers shards dense parameters by their dimensions while it reads them, an
 gathers or sums. Words of packed codes have no such dimensions, so here every rank reads the whole tensors of a layer,
 lays out its own rows or columns, and keeps those; what wraps the forward is transformers' own.
 
+Where columns are split and a layer's inputs are quantized token by token, as they come, the ranks agree on the reach of
+each token first, so that its scale is the one that a single rank finds.
+
 Of a model's plan, the styles of packed modules are replaced by twins of them: "colwise" by "quantkit_colwise".
 """
 
@@ -85,12 +88,14 @@ class _Splitting:
                 if self.style != "moe_tp_experts":
                     raise InputError(f"experts are not split by the style {self.style!r}")
                 module.split(rank, ranks)
+                module.ranks = _group(mesh)
             elif isinstance(module, PackedLinear):
                 dim = {"col": 0, "row": 1}.get(self.style[:3])
                 if dim is None:
                     raise InputError(f"a packed layer is not split by the style {self.style!r}")
                 module.split(dim, rank, ranks)
-                module._hf_quantized_needs_local_tp = True  # type: ignore[assignment]
+                module.ranks = _group(mesh) if dim == 1 else None
+                module._hf_quantized_needs_local_tp = True
         except InputError as error:
             shape = f"{module.out_features} x {module.in_features}" if isinstance(module, PackedLinear) else "experts"
             raise InputError(f"tensor parallelism of a packed layer ({shape}): {error}") from None
@@ -100,6 +105,8 @@ class _Splitting:
         if not isinstance(module, PackedExperts):
             return super().transform_output_post_forward(module, output, mesh, **kwargs)  # type: ignore[misc]
         # 5.17 sums only where it has sharded parameters itself
-        return _transformers()._AllReduceForward.apply(
-            output, mesh.get_group() if mesh.ndim == 1 else mesh.get_group("tp")
-        )
+        return _transformers()._AllReduceForward.apply(output, _group(mesh))
+
+
+def _group(mesh: Any) -> Any:
+    return mesh.get_group() if mesh.ndim == 1 else mesh.get_group("tp")

@@ -11,6 +11,8 @@ Gradients reach the input, and are those of the decoded weight; that the input i
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -19,7 +21,7 @@ from quantkit import numerics
 from quantkit.checkpoint import DTYPES
 from quantkit.formats._shared import by_column
 from quantkit.runtime.held import Held
-from quantkit.runtime.rounding import rounded
+from quantkit.runtime.rounding import in_reach, own_columns, rounded
 from quantkit.types import QParams, QuantizedTensor, TensorScheme
 from quantkit_kernels import activation, layout, wxa16
 from quantkit_kernels.fp8_block import fp8_block_linear
@@ -34,6 +36,7 @@ class Product(nn.Module):
     scale: torch.Tensor
     counters: torch.Tensor
     bias: torch.Tensor | None
+    ranks: Any = None  # the process group among which the columns of its input are split
 
     def _get(self, name: str) -> torch.Tensor | None:
         """One of the tensors that are held; None where there is none of that name."""
@@ -59,6 +62,10 @@ class Product(nn.Module):
         if self.held.path == "plain":
             weight = self._plain(x.dtype)
             return F.linear(x, weight, None if self.bias is None else self.bias.to(x.dtype))
+        return self._on_words(x)
+
+    def _on_words(self, x: torch.Tensor) -> torch.Tensor:
+        """The path "packed", of an input that is rounded where it has to be."""
         held = self.held
         packed = layout.Packed(
             held.kind,
@@ -85,11 +92,13 @@ class Product(nn.Module):
         scale = self.scale.view(self._scale_dtype)
         x_zero = None
         if a.strategy == "token" and a.symmetric:
-            x_q, x_scale = activation.quantize_per_token(x, a.number)
+            x_q, x_scale = activation.quantize_per_token(in_reach(x, a, self.ranks), a.number)
+            x_q = own_columns(x_q, x)
         elif a.strategy == "token":
-            x_q, x_scale, x_zero = activation.quantize_per_token_asymmetric(x)
+            x_q, x_scale, x_zero = activation.quantize_per_token_asymmetric(in_reach(x, a, self.ranks))
+            x_q = own_columns(x_q, x)
         else:
-            x_scale, x_zero = self._input_scale(x, a)
+            x_scale, x_zero = self._input_scale(in_reach(x, a, self.ranks), a)
             x_q = activation.quantize_static(x, x_scale, a.number, x_zero)
         weight_sum = self._get("weight_sum")
         scale = scale if len(scale) == len(weight) else scale.reshape(1)
@@ -113,7 +122,7 @@ class Product(nn.Module):
             scale = self._kept("input_global_scale") if ours else 1 / self._kept("input_scale")
         elif not a.dynamic:
             scale, zero = self._input_scale(x, a)
-        return rounded(x, a, scale, zero)
+        return own_columns(rounded(in_reach(x, a, self.ranks), a, scale, zero), x)
 
     def _kept(self, name: str) -> torch.Tensor:
         """A tensor that is held as it is on disk, in its dtype there."""

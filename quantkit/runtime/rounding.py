@@ -10,6 +10,7 @@ becomes NaN, and a last group that is short is a group.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -109,3 +110,21 @@ def rounded(
         x, scale, zero, a.number, a.strategy, a.group_size or 0, a.symmetric, a.dynamic
     )
     return found
+
+
+def in_reach(x: torch.Tensor, a: TensorScheme, ranks: Any) -> torch.Tensor:
+    """x, with two columns more where ranks have its other columns: the least and the largest value of each token.
+
+    ranks  the process group among which the columns are split, or None
+    A scale that is found in a token must be that of the whole token, or ranks compute something else than one does.
+    """
+    if ranks is None or not a.dynamic or a.strategy not in ("token", "tensor"):
+        return x
+    ends = torch.stack((-x.detach().amin(-1), x.detach().amax(-1)), -1)
+    torch.distributed.all_reduce(ends, torch.distributed.ReduceOp.MAX, ranks)
+    return torch.cat((x, -ends[..., :1], ends[..., 1:]), -1)
+
+
+def own_columns(found: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Without the columns that `in_reach` added."""
+    return found if found.shape[-1] == x.shape[-1] else found[..., : x.shape[-1]].contiguous()

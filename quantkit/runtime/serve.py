@@ -3,7 +3,9 @@
     POST /v1/chat/completions, /v1/completions   with stream, stop, temperature, top_p, max_tokens
     GET  /v1/models, /health
 
-Requests share batches (transformers' continuous batching) where the model can. The model is loaded by quantkit, has the
+Requests share batches (transformers' continuous batching) where the model can. Their keys and values then lie in pages
+of transformers' own, which only its own attention reads: attn_implementation="quantkit" and packed KV caches are for
+`generate`, not for serving. The model is loaded by quantkit, has the
 folder's name, and nothing else is ever loaded: no other model, no code from a repository, nothing from the network.
 requests.py says what is checked of a request, stopping.py what is done beyond transformers.
 
