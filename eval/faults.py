@@ -45,6 +45,7 @@ class Fault:
 
     generation  what generation_config.json says besides
     tasks       that the output is validated with
+    files       what it does to other files of the folder
     """
 
     name: str
@@ -53,6 +54,7 @@ class Fault:
     moe: bool = False
     generation: dict[str, Any] = field(default_factory=dict)
     tasks: tuple[str, ...] = ()
+    files: Callable[[Path], None] | None = None
 
     @property
     def key(self) -> str:
@@ -112,6 +114,24 @@ def _router_left_out_of_a_fold(t: Tensors, _: dict[str, Any]) -> None:
     t[router] = (t[router].float() * s.float()).to(t[router].dtype)
 
 
+def _a_bos(folder: Path) -> None:
+    """Every text begins with <|endoftext|>, as tokenizers of Llama do and this one does not."""
+    file = folder / "tokenizer.json"
+    content = json.loads(file.read_text("utf-8"))
+    bos = {"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}}
+    text = [{"Sequence": {"id": x, "type_id": 0}} for x in "AB"]
+    known = {"<|endoftext|>": {"id": "<|endoftext|>", "ids": [0], "tokens": ["<|endoftext|>"]}}
+    template = {"type": "TemplateProcessing", "single": [bos, text[0]], "pair": [bos, *text], "special_tokens": known}
+    file.write_text(json.dumps({**content, "post_processor": template}), "utf-8")
+
+
+def _a_template_twice(folder: Path) -> None:
+    """The whole chat, as a message of a chat."""
+    file = folder / "chat_template.jinja"
+    once = file.read_text("utf-8")
+    file.write_text("<|im_start|>user\n" + once + "<|im_end|>\n<|im_start|>assistant\n", "utf-8")
+
+
 FAULTS = (
     Fault("none", "W8A16", _nothing),
     Fault("none", "W4A16", _nothing),
@@ -123,6 +143,8 @@ FAULTS = (
     Fault("halves of one q_proj swapped", "W8A16", _rows_of_two_heads_swapped),
     Fault("config ignores a quantized layer", "W8A16", _a_quantized_layer_ignored),
     Fault("rare tokens swapped", "W8A16", _rare_tokens_swapped),
+    Fault("a BOS that the original does not add", "W8A16", _nothing, files=_a_bos),
+    Fault("a chat template applied twice", "W8A16", _nothing, files=_a_template_twice),
     Fault("none", "W8A16", _nothing, tasks=COMPLETION),
     Fault(
         "generation config: a penalty on repetition",
@@ -159,6 +181,8 @@ def broken(good: Path, fault: Fault, into: Path) -> Path:
     (into / "config.json").write_text(json.dumps(config))
     generation = json.loads((good / "generation_config.json").read_text())
     (into / "generation_config.json").write_text(json.dumps({**generation, **fault.generation}))
+    if fault.files is not None:
+        fault.files(into)
     return into
 
 

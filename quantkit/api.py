@@ -13,16 +13,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import ValidationError
 
 from quantkit import (
+    advice,
     allocation,
     calibration,
     estimate,
+    html_report,
     hub,
     output,
     pinning,
     repair,
+    results,
     resuming,
     room,
     running,
@@ -36,13 +38,12 @@ from quantkit.profile import Profile
 from quantkit.progress import Progress, Silent
 from quantkit.ranks import ALONE, Ranks
 from quantkit.recipe import Recipe
-from quantkit.recipe.calibration import TextSource
-from quantkit.recipe.gates import Limit, limits
-from quantkit.recipe.validation import Perplexity, Tasks
+from quantkit.recipe.gates import limits
 from quantkit.recipe.validation import Validation as Settings
+from quantkit.recipe.validation import changed
+from quantkit.results import FAILED, Validation
 from quantkit.running import versions
 from quantkit.shards import Shards
-from quantkit.validation import FAILED, Validation
 
 __all__ = [
     "Result",
@@ -79,6 +80,7 @@ def quantize(
     calibration_data: Iterable[Any] | None = None,
     shards: Shards | None = None,
     delete_shards: bool = False,
+    report: bool = False,
     progress: Progress | None = None,
     ranks: Ranks = ALONE,
 ) -> Result:
@@ -95,6 +97,7 @@ def quantize(
     calibration_data  texts, or chats as lists of {"role", "content"}, in place of the recipe's calibration.data; read
                       once, and only as far as the rows need
     shards     is told of each file of weights when it is whole
+    report     also write results.json and report.html beside the weights; unlike the rest they tell of times
     ranks      the processes that do it together, `with quantkit.joining.joined() as ranks:`; all of them call this.
                Rank 0 alone reads calibration_data, writes, validates, and has a validation in its result
     delete_shards     of a model on the Hub: each file of weights that was fetched is deleted when the work has gone on
@@ -129,7 +132,7 @@ def quantize(
     if not ranks.first:
         return Result(folder, running.assist(folder, where, ranks), None)
     settled = pinning.pinned(settled, source)
-    timed = Profile(where, on=profile)
+    timed, checks = Profile(where, exact=profile), Profile(where, exact=profile)
     output.check(folder, source.folder, None, overwrite=True)  # what is never replaced, before anything is made
     with (
         contextlib.closing(source),
@@ -139,8 +142,10 @@ def quantize(
             log,
         ),
     ):
-        settled, chosen = running.choose(settled, log, where, progress, calibration_data, source)
-        plan = planning.make(settled, source=source)
+        with timed("choice of schemes"):
+            settled, chosen = running.choose(settled, log, where, progress, calibration_data, source)
+        with timed("plan"):
+            plan = planning.make(settled, source=source)
         output.check(folder, plan.source.folder, settled.to_yaml(), overwrite=overwrite)
         room.check(plan, folder)
         progress.say(
@@ -148,11 +153,16 @@ def quantize(
         )
         if settled.validation is not None and settled.validation.repair is not None:
             repair.check(plan, settled.validation.repair)
-        run = running.Run(where, progress, timed, calibration_data, chosen, shards, ranks, log)
-        summary, proof, unusable = running.repaired(plan, staging, run)
+        run = running.Run(where, progress, timed, checks, calibration_data, chosen, shards, ranks, log)
+        plan, (summary, proof, unusable) = running.repaired(plan, staging, run)
         if shards is not None:
             shards.dropped() if summary["status"] == FAILED else shards.wait()
-        for line in timed.lines():
+        advised = advice.leave(staging, plan, proof.gates if proof else [], summary["layers"])
+        if report:
+            seconds = {"quantize": timed, "validate": checks}
+            told = results.collect(summary, proof, advised, plan.source, staging, where, seconds, progress.warnings)
+            html_report.write(staging, told, folder.name, progress.warn)
+        for line in timed.lines() if profile else ():
             progress.say(line)
     if unusable is not None:
         raise GateError(f"{folder}: {unusable}")
@@ -172,6 +182,7 @@ def validate(
     side_by_side: bool | Literal["auto"] | None = None,
     device: str = "auto",
     delete_shards: bool = False,
+    report: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Validation:
     """Measures a quantized folder against its original, and marks the folder with the outcome when it is ours.
@@ -181,6 +192,7 @@ def validate(
     gates  as a recipe has them, in the place of the recipe's: {"kl": 0.05, "top1_agreement": {"limit": 0.9, ...}}
     side_by_side  False: original and folder one after the other; "auto": where they do not fit together
     delete_shards  of an original on the Hub: each fetched file of weights is deleted when it is in memory
+    report  a folder for results.json and report.html, made when missing; None: neither is written
     Raises InputError when the folder or its original is missing or cannot be loaded, GateError when the folder's model
     computes NaN or Inf.
     """
@@ -193,7 +205,7 @@ def validate(
     if against is None and recipe is None:
         raise InputError(f"{folder}: holds no {output.RECIPE}, so name the original model with --against")
     settings = (recipe.validation if recipe is not None else None) or Settings()
-    settings = _changed(settings, data, windows, length, tasks, side_by_side)
+    settings = changed(settings, data, windows, length, tasks, side_by_side)
     original = str(against) if against is not None else recipe.model if recipe else ""
     source = hub.resolve(original, delete_shards=delete_shards, progress=progress)
     settings = settings.model_copy(update={"perplexity": pinning.texts(settings.perplexity)})
@@ -203,70 +215,46 @@ def validate(
             f"{source.folder}: is not the model that {folder} was made from (fingerprint {source.fingerprint()[:12]}, "
             f"expected {expected[:12]}); name the right one with --against"
         )
-    judged = settings.gates.limits() if gates is None else _limits(gates)
+    judged = settings.gates.limits() if gates is None else limits(gates)
     outcome: dict[str, Any] = {}
+    progress, where = progress or Silent(), pick_device(device)
+    timed, proof = Profile(where), None
     try:
-        result = validation.validate(
+        proof = validation.validate(
             folder,
             source,
             settings,
             judged,
-            device=pick_device(device),
-            progress=progress or Silent(),
+            device=where,
+            progress=progress,
             layers=summary.get("layers", []),
             trust_remote_code=recipe is not None and recipe.trust_remote_code,
+            profile=timed,
         )
-        outcome = result.to_dict()
+        outcome = proof.to_dict()
     except GateError as e:
         outcome = {"status": FAILED, "message": str(e)}
         raise
     finally:
-        source.close()
-        if ours and outcome:
-            output.write_json(folder / output.SUMMARY, {**summary, "status": outcome["status"], "validation": outcome})
-    return result
+        with contextlib.closing(source):
+            if outcome:
+                known = summary or _known(source)
+                summary = {**known, "status": outcome["status"], "validation": outcome}
+                advised = None
+                if ours:
+                    output.write_json(folder / output.SUMMARY, summary)
+                    advised = advice.again(folder, recipe, source, proof.gates if proof else [], summary)
+                if report is not None:
+                    seconds, warned = {"validate": timed}, progress.warnings
+                    told = results.collect(summary, proof, advised, source, folder, where, seconds, warned)
+                    html_report.write(Path(report).expanduser(), told, folder.resolve().name, progress.warn)
+    return proof
 
 
-def _changed(
-    settings: Settings,
-    data: str | None,
-    windows: int | None,
-    length: int | None,
-    tasks: Sequence[str] | Mapping[str, Any] | None,
-    side_by_side: bool | Literal["auto"] | None,
-) -> Settings:
-    """A recipe's settings with what `validate` was given instead."""
-    texts = settings.perplexity
-    texts = Perplexity(
-        windows=windows or texts.windows,
-        length=length or texts.length,
-        **({"data": data} if data else texts.model_dump(include=set(TextSource.model_fields))),
-    )
-    update: dict[str, Any] = {"perplexity": texts}
-    if tasks is not None:
-        update["tasks"] = _tasks(tasks)
-    if side_by_side is not None:
-        if side_by_side not in (True, False, "auto"):
-            raise InputError(f"side_by_side: expected True, False or 'auto'; got {side_by_side!r}")
-        update["side_by_side"] = side_by_side
-    return settings.model_copy(update=update)
-
-
-def _tasks(tasks: Sequence[str] | Mapping[str, Any]) -> Tasks:
-    try:
-        return Tasks.model_validate(dict(tasks) if isinstance(tasks, Mapping) else {"names": list(tasks)})
-    except ValidationError as e:
-        found = e.errors()[0]
-        raise InputError(f"tasks: {'.'.join(map(str, found['loc']))}: {found['msg']}; got {found['input']!r}") from None
-
-
-def _limits(gates: Mapping[str, Any]) -> dict[str, Limit]:
-    try:
-        return limits(gates)
-    except ValidationError as e:
-        found = e.errors()[0]
-        where = ".".join(str(part) for part in found["loc"] if isinstance(part, str) and part not in ("limit", "level"))
-        raise InputError(f"gate {where}: {found['msg']}; got {found['input']!r}") from None
+def _known(source: hub.Source) -> dict[str, Any]:
+    """Of the output of another tool, what quantkit.json says of an own one."""
+    origin = {"model": source.model, "revision": source.revision, "fingerprint": source.fingerprint()}
+    return {"quantkit": versions()["quantkit"], "source": origin, "versions": versions()}
 
 
 def pick_device(device: str) -> torch.device:

@@ -15,6 +15,7 @@ from quantkit.recipe import Recipe
 from quantkit.report import size
 
 WORST = 5  # layers that the card names
+ONLY_WARNS = "only warns"
 _SENSE = {"max": "≤", "min": "≥"}
 _IN_BLOCK = re.compile(r".*?\.(\d+)\.(.+)")
 _RATES = {"tokens_per_second": "tokens a second", "decode_tokens_per_second": "after the first token"}
@@ -112,6 +113,7 @@ def engines(folder: Path, repo: str, remote_code: bool) -> list[dict[str, Any]]:
 
 
 def calibration(data: Mapping[str, Any] | None) -> list[list[str]]:
+    """What was read for calibration, a row each: what, and how much."""
     if not data or not data.get("rows"):
         return []
     source = data.get("source") or {}
@@ -144,6 +146,9 @@ def accuracy(validation: Mapping[str, Any]) -> list[list[str]]:
         rows.append(["perplexity ratio", "1", f"{x['perplexity_ratio']:.4f}", _bounds(ratio, ".4f"), _limit(ratio)])
         error = "" if x.get("kl_stderr") is None else f" ± {x['kl_stderr']:.4f}"
         rows.append(["KL divergence, nats a token", "0", f"{x['kl']:.4f}{error}", _bounds(kl, ".4f"), _limit(kl)])
+        if sure := validation.get("kl_bounds"):
+            bounds = f"{sure['at_least']:.4f} to {sure['at_most']:.4f}"
+            rows.append(["KL divergence, for certain", "0", bounds, "", ""])
         rows.append(["top-1 agreement", "100%", f"{x['top1_agreement']:.1%}", _bounds(top, ".1%"), _limit(top)])
     for task in (validation.get("tasks") or {}).values():
         name, r = task["name"], task["recovery"]
@@ -168,10 +173,12 @@ def _bounds(found: Mapping[str, Any] | None, form: str) -> str:
 def _limit(gate: Mapping[str, Any] | None) -> str:
     if gate is None:
         return ""
-    return f"{_SENSE.get(str(gate.get('sense')), '')} {gate['limit']:g}: {gate['outcome']}".strip()
+    level = f", {ONLY_WARNS}" if gate.get("level") == "warn" else ""
+    return f"{_SENSE.get(str(gate.get('sense')), '')} {gate['limit']:g}: {gate['outcome']}{level}".strip()
 
 
 def measured_on(validation: Mapping[str, Any]) -> str:
+    """ "20,480 tokens in 40 windows of builtin:pydocs-heldout"; "" where nothing was measured."""
     x = validation.get("comparison")
     return f"{x['tokens']:,} tokens in {x['windows']} windows of {texts(validation)}" if x else ""
 

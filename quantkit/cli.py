@@ -17,17 +17,15 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
+from typing import Annotated, Any, NoReturn, TypeVar
 
 import typer
 
-from quantkit import __version__, cli_hub, cli_running
+from quantkit import __version__, cli_hub, cli_running, cli_validation
 from quantkit.cli_running import DeleteShards, Device, DeviceOption
-from quantkit.errors import GateError, InputError, MissingError, QuantkitError
+from quantkit.cli_validation import check_gates
+from quantkit.errors import InputError, MissingError, QuantkitError
 from quantkit.joining import is_launched, joined, leave
-
-if TYPE_CHECKING:
-    from quantkit.api import Validation
 
 Command = TypeVar("Command", bound=Callable[..., None])
 
@@ -177,105 +175,13 @@ def quantize(
                 fresh=fresh,
                 profile=profile,
                 delete_shards=delete_shards,
+                report=True,
                 progress=progress,
                 ranks=group,
             )
     if group.first:
-        report.print_result(result.summary, str(result.out))
-        _check_gates(result.validation)
-
-
-@app.command()
-@_guarded
-def validate(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="What quantize wrote.", show_default=False)],
-    against: Annotated[str | None, typer.Option("--against", help="The original, when it has moved.")] = None,
-    data: Annotated[str | None, typer.Option("--data", help="Held-out texts: builtin:NAME or a file.")] = None,
-    windows: Annotated[int | None, typer.Option("--windows", min=1, help="Windows of tokens to compare on.")] = None,
-    length: Annotated[int | None, typer.Option("--length", min=2, help="Tokens a window.")] = None,
-    tasks: Annotated[
-        str | None, typer.Option("--tasks", metavar="NAMES", help="Tasks of lm-eval, by commas: pydocs_cloze,gsm8k.")
-    ] = None,
-    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Only the first items of each task.")] = None,
-    gate: Annotated[
-        list[str] | None, typer.Option("--gate", metavar="NAME=VALUE", help="A limit: kl=0.05. Replaces the recipe's.")
-    ] = None,
-    device: DeviceOption = Device.auto,
-    delete_shards: DeleteShards = False,
-) -> None:
-    """Measure a quantized checkpoint against its original, and check its gates."""
-    gates = _gates(gate) if gate else None
-    from quantkit import report
-    from quantkit.progress import Progress
-
-    api = _api()
-    with Progress.for_terminal() as progress:
-        validation = api.validate(
-            folder,
-            against=against,
-            data=data,
-            windows=windows,
-            length=length,
-            tasks=None if tasks is None else {"names": tasks.split(","), "limit": limit},
-            gates=gates,
-            device=device.value,
-            delete_shards=delete_shards,
-            progress=progress,
-        )
-    report.print_result({"validation": validation.to_dict()}, str(folder))
-    _check_gates(validation)
-
-
-def _gates(items: list[str]) -> dict[str, Any]:
-    """["kl=0.05", "recovery.gsm8k=0.97"] -> as a recipe's gates are, checked as those are."""
-    from pydantic import ValidationError
-
-    from quantkit.recipe.errors import hint
-    from quantkit.recipe.gates import AVERAGE, Gates
-
-    found: dict[str, Any] = {}
-    for item in items:
-        name, equals, text = item.partition("=")
-        if not equals:
-            raise InputError(f"--gate {item}: expected name=value, such as kl=0.05")
-        top, _, task = name.partition(".")
-        if top not in Gates.model_fields or (task and top != "recovery"):
-            raise InputError(f"--gate {item}: unknown gate {name}; {hint(name, [*Gates.model_fields])}")
-        try:
-            limit = float(text)
-            if top == "recovery":
-                found.setdefault(top, {})[task or AVERAGE] = limit
-            else:
-                found[top] = limit
-            Gates.model_validate(found)
-        except ValidationError as error:
-            raise InputError(f"--gate {item}: {error.errors()[0]['msg']}") from None
-        except ValueError:
-            raise InputError(f"--gate {item}: expected a number, got {text!r}") from None
-    return found
-
-
-def _check_gates(validation: Validation | None) -> None:
-    if validation is not None and not all(gate.passed for gate in validation.gates):
-        raise GateError(validation.message)
-
-
-@app.command()
-@_guarded
-def compare(
-    folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Validated outputs.", show_default=False)],
-    out: Annotated[Path | None, typer.Option("--out", help="A folder for compare.md and compare.svg.")] = None,
-) -> None:
-    """Set several validated outputs side by side: size, accuracy, and what passed."""
-    from quantkit import comparison, report
-
-    found = comparison.read(folders)
-    section = comparison.report(found)
-    report.print_section(section)
-    if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        comparison.plot(found, out / "compare.svg")
-        (out / "compare.md").write_text(comparison.markdown(section) + "\n![size against KL](compare.svg)\n", "utf-8")
+        report.print_result(result.summary, str(result.out), result.out)
+        check_gates(result.validation, result.out)
 
 
 @app.command()
@@ -342,6 +248,7 @@ def lint(
         raise InputError(f"{folder}: {len(errors)} error{'s' if len(errors) > 1 else ''}, for {engines}")
 
 
+cli_validation.add(app, _guarded)
 cli_running.add(app, _guarded)
 cli_hub.add(app, _guarded)
 

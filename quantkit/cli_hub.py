@@ -59,13 +59,14 @@ def run(
                 fresh=fresh,
                 profile=profile,
                 delete_shards=delete_shards,
+                report=True,
                 progress=progress,
                 ranks=group,
                 during=ending_gently(progress) if group.alone else None,
             )
     if not group.first:
         return
-    report.print_result(done.result.summary, str(done.result.out))
+    report.print_result(done.result.summary, str(done.result.out), done.result.out)
     if done.pushed is None:
         validation = done.result.validation
         raise GateError(f"{validation.message if validation else 'a gate failed'}; nothing was pushed")

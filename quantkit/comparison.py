@@ -6,16 +6,18 @@ Figures that were measured on other windows, or against another original, are no
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from quantkit import output
+from quantkit import html_report, output, plots, results
 from quantkit import summary as reading
-from quantkit.errors import InputError, MissingError
+from quantkit.errors import InputError
 from quantkit.recipe import Recipe
+from quantkit.report import size
 
-COLUMNS = ("output", "scheme", "method", "bytes", "perplexity", "KL divergence", "top-1", "flips", "status")
+COLUMNS = ("output", "scheme", "method", "size", "perplexity", "KL", "top-1", "flips", "status")
 
 
 def read(folders: Sequence[str | Path]) -> list[dict[str, Any]]:
@@ -43,7 +45,7 @@ def _read(folder: Path) -> dict[str, Any]:
         "bytes": summary["size"].get("output_bytes", 0),
         "source_bytes": summary["size"]["source_bytes"],
         "fingerprint": summary["source"].get("fingerprint"),
-        "texts": recipe.validation and (recipe.validation.perplexity.data, recipe.validation.perplexity.length),
+        "texts": validation.get("data") or "unnamed texts",
         "flips": (validation.get("flips") or {}).get("rate", {}).get("value"),
         "tasks": validation.get("tasks") or {},
         "status": summary.get("status", ""),
@@ -63,7 +65,7 @@ def report(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
                 x["name"],
                 x["scheme"],
                 x["method"],
-                f"{x['bytes']:,} ({x['bytes'] / x['source_bytes']:.0%})",
+                f"{size(x['bytes'])} ({x['bytes'] / x['source_bytes']:.0%})",
                 f"{x['perplexity']:.3f} (x {x['perplexity_ratio']:.4f})",
                 f"{x['kl']:.4f}{error}",
                 f"{x['top1_agreement']:.1%}",
@@ -74,7 +76,7 @@ def report(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         )
     columns = [*COLUMNS[:-1], *tasks, COLUMNS[-1]]
     return {
-        "title": f"{len(ordered)} outputs, original {ordered[0]['perplexity_original']:.3f}",
+        "title": f"{len(ordered)} outputs; the original's perplexity is {ordered[0]['perplexity_original']:.3f}",
         "table": {"columns": columns, "rows": rows},
         "warnings": _not_comparable(ordered),
     }
@@ -88,8 +90,10 @@ def _not_comparable(found: Sequence[Mapping[str, Any]]) -> list[str]:
     said = []
     if len({x["fingerprint"] for x in found}) > 1:
         said.append("the outputs were made from different originals, so their figures do not compare")
-    if len({(x["texts"], x["windows"]) for x in found}) > 1:
-        windows = ", ".join(f"{x['name']}: {x['windows']} of {x['texts']}" for x in found)
+    if len({(x["texts"], x["windows"], x["tokens"]) for x in found}) > 1:
+        windows = ", ".join(
+            f"{x['name']}: {x['windows']} of {x['tokens'] // x['windows']} tokens, {x['texts']}" for x in found
+        )
         said.append(f"the outputs were measured on different windows ({windows})")
     return said
 
@@ -101,19 +105,15 @@ def markdown(section: Mapping[str, Any]) -> str:
     return "\n".join([*lines, *(f"\nWarning: {w}." for w in section["warnings"])]) + "\n"
 
 
-def plot(found: Sequence[Mapping[str, Any]], file: Path) -> None:
-    """Size against KL divergence, a point an output. Raises MissingError without matplotlib."""
-    try:
-        from matplotlib.backends.backend_svg import FigureCanvasSVG
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise MissingError("the plot needs matplotlib: pip install 'quantkit[report]'") from None
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    FigureCanvasSVG(figure)
-    axes = figure.add_subplot()
-    for x in found:
-        axes.errorbar(x["bytes"] / 1e6, x["kl"], yerr=1.645 * (x["kl_stderr"] or 0), fmt="o", capsize=3)
-        axes.annotate(x["name"], (x["bytes"] / 1e6, x["kl"]), textcoords="offset points", xytext=(6, 4), fontsize=8)
-    axes.set(xlabel="size of all tensors, MB", ylabel="KL divergence from the original, nats a token", yscale="log")
-    axes.grid(visible=True, alpha=0.3)
-    figure.savefig(file, metadata={"Date": None})
+def write(found: Sequence[Mapping[str, Any]], out: Path) -> None:
+    """Writes report.html, results.json, compare.md and compare.svg. Raises MissingError without matplotlib."""
+    section, drawn = report(found), plots.size_against_kl(found)
+    out.mkdir(parents=True, exist_ok=True)
+    content = {"results": results.FORMAT, "outputs": [{**x, "folder": str(x["folder"])} for x in found]}
+    text = json.dumps(results.plain({**content, "warnings": section["warnings"]}), indent=1, ensure_ascii=False)
+    output.write_text(out / output.RESULTS, text + "\n")
+    output.write_text(
+        out / output.REPORT, html_report.render("compare.html.jinja", section=section, plots={"all": drawn})
+    )
+    output.write_text(out / "compare.svg", plots.standalone(drawn))
+    output.write_text(out / "compare.md", markdown(section) + "\n![size against KL](compare.svg)\n")

@@ -24,7 +24,7 @@ from quantkit.hub_commit import Place
 from quantkit.progress import Progress, Silent
 from quantkit.recipe import Recipe
 from quantkit.recipe.push import Push
-from quantkit.validation import VALIDATED
+from quantkit.results import VALIDATED
 
 CARD = "README.md"
 SEARCHED = 32_000_000  # bytes of a file that is searched for the token; weights are larger, or are not text

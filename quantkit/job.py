@@ -20,7 +20,7 @@ from quantkit.progress import Progress, Silent
 from quantkit.ranks import ALONE, Ranks
 from quantkit.recipe import Recipe
 from quantkit.recipe.push import Push
-from quantkit.validation import FAILED
+from quantkit.results import FAILED
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,7 @@ def run(
     profile: bool = False,
     calibration_data: Iterable[Any] | None = None,
     delete_shards: bool = False,
+    report: bool = False,
     token: str | None = None,
     progress: Progress | None = None,
     ranks: Ranks = ALONE,
@@ -67,7 +68,7 @@ def run(
         raise InputError("push: the recipe has validate: none; leave that out, or set push.unvalidated")
     how: dict[str, Any] = {"device": device, "overwrite": overwrite, "profile": profile, "progress": progress}
     how |= {"out": out, "calibration_data": calibration_data, "delete_shards": delete_shards}
-    how |= {"fresh": fresh, "ranks": ranks}
+    how |= {"fresh": fresh, "ranks": ranks, "report": report}
     if not ranks.first:
         return Done(api.quantize(settled, **how), None)
     login = hub_push.Login.open(token, progress)

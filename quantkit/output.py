@@ -28,6 +28,10 @@ CONFIG = "config.json"
 SUMMARY = "quantkit.json"
 RECIPE = "quantkit-recipe.yaml"
 BENCH = "quantkit-bench.json"  # of quantkit bench --save
+RESULTS = "results.json"
+REPORT = "report.html"
+TRY_NEXT = "quantkit-try-next.yaml"
+OF_THE_OUTPUT = (RESULTS, REPORT, TRY_NEXT)
 LOCK = ".quantkit-running"
 OUTPUT = "output"
 JOURNAL = "journal"
@@ -172,7 +176,9 @@ def copy_files(
     for relative in other_files(source) if names is None else names:
         if str(relative) in skip:
             continue
-        if is_other_weights(relative):
+        if str(relative) in OF_THE_OUTPUT:
+            dropped.append({"name": str(relative), "reason": "tells of the source, not of the output"})
+        elif is_other_weights(relative):
             if source / relative not in rewritten:
                 dropped.append({"name": str(relative), "reason": "weights or an index of the source"})
         elif str(relative) in CONFIG_FILES:
@@ -189,9 +195,14 @@ def copy_files(
 
 def write_json(file: Path, content: dict[str, Any]) -> None:
     """Writes JSON whole or not at all."""
+    write_text(file, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(file: Path, content: str) -> None:
+    """Writes a text whole or not at all."""
     fresh = file.with_name(f".{file.name}.new")
     with fresh.open("w", encoding="utf-8") as f:
-        f.write(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+        f.write(content)
         f.flush()
         os.fsync(f.fileno())
     os.replace(fresh, file)

@@ -101,7 +101,10 @@ def quantize(
     """
     for warning in plan.warnings:
         progress.warn(warning)
-    rows = shares.rows(_rows(plan, progress, calibration_data) if ranks.first else None, plan, ranks)
+    timed = profile or Profile(device)
+    with timed("calibration texts"):
+        own = _rows(plan, progress, calibration_data) if ranks.first else None
+        rows = shares.rows(own, plan, ranks)
     if rows is None and not ranks.first:
         return {}  # the disk's work, which several ranks would not do faster
     dtype = torch.float32 if device.type == "cpu" else plan.skeleton.dtype
@@ -112,7 +115,7 @@ def quantize(
     size = plan.recipe.export.shard_bytes
     writer = ShardWriter(folder, plan.specs, size, shards, finished.written) if ranks.first else shares.Nowhere()
     fitting = Fitting(plan.recipe.calibration.batch_size, hidden.to_host, progress, ranks.alone)
-    run = Run(plan, writer, device, dtype, progress, profile or Profile(device, on=False), ranks, finished, fitting)
+    run = Run(plan, writer, device, dtype, progress, timed, ranks, finished, fitting)
     try:
         if finished.blocks:
             progress.say(finished.told(len(plan.structure.blocks)))
@@ -122,7 +125,8 @@ def quantize(
                 streaming.stream(plan, writer, device, progress, finished)
         else:
             _calibrated(run, rows)
-        weights = writer.close()
+        with timed("write"):
+            weights = writer.close()
     finally:
         writer.abort()
     if not ranks.first:
@@ -145,9 +149,10 @@ def _calibrated(run: Run, rows: calibration.Rows) -> None:
     plan, progress, finished = run.plan, run.progress, run.finished
     left = plan.structure.blocks[finished.blocks :]
     progress.begin(len(plan.structure.blocks), "block", done=finished.blocks)
-    if finished.written is None:
-        _write_outside(run)
-    batches = _to_blocks(run, rows) if left else []
+    with run.profile("embeddings"):
+        if finished.written is None:
+            _write_outside(run)
+        batches = _to_blocks(run, rows) if left else []
     for block in left:
         progress.item(block.index + 1, block.name)
         run.found, heard = Report(), len(progress.warnings)

@@ -1,7 +1,8 @@
 """Where the time of a run goes: seconds by the name of what was done, added up over all blocks.
 
-On a GPU a kernel runs on while Python is elsewhere, so a profile that is on waits for it at the end of each part;
-one that is off costs nothing.
+Parts may lie in one another: the seconds of the inner one are its own, so that all parts together are the whole. On a
+GPU a kernel runs on while Python is elsewhere, and its time is then that of whoever waits for it; a profile that is
+exact waits at the end of each part.
 """
 
 from __future__ import annotations
@@ -16,27 +17,28 @@ import torch
 class Profile:
     """`with profile("observe"): ...` adds the seconds that it took to `seconds["observe"]`."""
 
-    def __init__(self, device: torch.device, on: bool = True) -> None:
+    def __init__(self, device: torch.device, exact: bool = False) -> None:
         self.seconds: dict[str, float] = {}
+        self.exact = exact
         self._device = device
-        self._on = on
+        self._inner = 0.0
 
     @contextmanager
     def __call__(self, part: str) -> Iterator[None]:
         """Times what is done inside, under the name `part`."""
-        if not self._on:
-            yield
-            return
+        outer, self._inner = self._inner, 0.0
         self._wait()
         start = time.perf_counter()
         try:
             yield
         finally:
             self._wait()
-            self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - start
+            took = time.perf_counter() - start
+            self.seconds[part] = self.seconds.get(part, 0.0) + took - self._inner
+            self._inner = outer + took
 
     def _wait(self) -> None:
-        if self._device.type == "cuda":
+        if self.exact and self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
 
     def lines(self) -> list[str]:

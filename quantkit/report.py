@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich import box
@@ -82,11 +83,14 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> Table:
     return table
 
 
-def print_result(summary: Mapping[str, Any], out: str | None = None) -> None:
+def print_result(summary: Mapping[str, Any], out: str | None = None, place: Path | None = None) -> None:
     """The table at the end of `quantize` and of `validate`, from the content of quantkit.json.
 
     Size, perplexity, KL divergence and top-1 agreement, before and after, each beside its gate; then a sentence that
-    each model generated. A part that was not measured is left out. `out` is the folder, for the last line.
+    each model generated. A part that was not measured is left out.
+
+    out    the folder, for the last line
+    place  the folder of results.json and report.html, to be named too
     """
     validation = summary.get("validation") or {}
     comparison = validation.get("comparison") or {}
@@ -98,7 +102,7 @@ def print_result(summary: Mapping[str, Any], out: str | None = None) -> None:
         after = size(sizes["output_bytes"]) + ("" if ratio is None else f" ({ratio:.0%})")
         rows.append(["size", size(sizes["source_bytes"]) if sizes.get("source_bytes") else "", after, ""])
     if comparison:
-        rows += _comparison_rows(comparison, gates)
+        rows += _comparison_rows(comparison, gates, validation.get("kl_bounds"))
     for task in (validation.get("tasks") or {}).values():
         rows.append(_task_row(task, gates))
     if "recovery" in gates:
@@ -124,9 +128,13 @@ def print_result(summary: Mapping[str, Any], out: str | None = None) -> None:
     status = validation.get("status") or summary.get("status")
     if status:
         out_to.print(Text(f"\n{status}", style="bold") + printable(f": {out}" if out else ""), soft_wrap=True)
+    if place is not None:
+        out_to.print(printable(f"report: {place / 'report.html'}"), soft_wrap=True)
 
 
-def _comparison_rows(comparison: Mapping[str, Any], gates: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
+def _comparison_rows(
+    comparison: Mapping[str, Any], gates: Mapping[str, Mapping[str, Any]], bounds: Mapping[str, Any] | None
+) -> list[list[str]]:
     """Perplexity, KL divergence and top-1 agreement: label, before, after, gate."""
     ratio = comparison.get("perplexity_ratio")
     perplexity = f"{comparison['perplexity']:.3f}" + ("" if ratio is None else f" (x {ratio:.4f})")
@@ -135,6 +143,7 @@ def _comparison_rows(comparison: Mapping[str, Any], gates: Mapping[str, Mapping[
     return [
         ["perplexity", f"{comparison['perplexity_original']:.3f}", perplexity, _gate(gates.get("perplexity_ratio"))],
         ["KL divergence", "0", kl, _gate(gates.get("kl"))],
+        *([["  for certain", "", f"{bounds['at_least']:.4f} to {bounds['at_most']:.4f}", ""]] if bounds else []),
         ["top-1 agreement", "100%", f"{comparison['top1_agreement']:.1%}", _gate(gates.get("top1_agreement"))],
     ]
 

@@ -80,7 +80,7 @@ def reproduce(
         )
         made = {path.as_posix() for path in other_files(done.out)}
         files = {name: _compared(known.get(name), done.out / name) for name in sorted(made | known.keys())}
-    skipped = (*ABOUT, output.BENCH, *(() if Path(place).is_dir() else (CARD,)))
+    skipped = (*ABOUT, output.BENCH, *output.OF_THE_OUTPUT, *(() if Path(place).is_dir() else (CARD,)))
     files = {name: found for name, found in files.items() if name not in skipped}
     return Reproduction(str(place), files, tuple(_surroundings(summary, done.summary)))
 

@@ -21,8 +21,8 @@ from quantkit.profile import Profile
 from quantkit.progress import Progress, Silent
 from quantkit.ranks import Ranks
 from quantkit.recipe import Recipe
+from quantkit.results import FAILED, UNVALIDATED, Validation
 from quantkit.shards import Shards
-from quantkit.validation import FAILED, UNVALIDATED, Validation
 from quantkit_eval import gate
 
 
@@ -60,12 +60,14 @@ def choose(
 class Run:
     """What one call of `quantize` works with. allocation: the report of a choice of schemes, if there was one.
 
+    profile, checks  take the seconds of the work, and of validation
     log  what is finished
     """
 
     device: torch.device
     progress: Progress
     profile: Profile
+    checks: Profile
     texts: Any
     allocation: dict[str, Any] | None
     shards: Shards | None
@@ -88,8 +90,11 @@ def assist(folder: Path, device: torch.device, ranks: Ranks) -> dict[str, Any]:
 Outcome = tuple[dict[str, Any], Validation | None, GateError | None]
 
 
-def repaired(plan: planning.Plan, staging: Path, run: Run) -> Outcome:
-    """`_once`, and again with more bits for the worst layers, where gates fail and the recipe asks for repair."""
+def repaired(plan: planning.Plan, staging: Path, run: Run) -> tuple[planning.Plan, Outcome]:
+    """`_once`, and again with more bits for the worst layers, where gates fail and the recipe asks for repair.
+
+    Returns the plan that was followed last, and what came of it.
+    """
     settings = plan.recipe.validation.repair if plan.recipe.validation is not None else None
     before = run.log.last("pass") or {"layers": [], "steps": []}
     layers, steps = before["layers"], before["steps"]
@@ -118,7 +123,7 @@ def repaired(plan: planning.Plan, staging: Path, run: Run) -> Outcome:
     if steps:
         summary = {**summary, "repair": {"first_bytes": plan.output_bytes, "steps": steps}}
         output.write_json(staging / output.SUMMARY, summary)
-    return summary, proof, unusable
+    return step.plan if step else plan, (summary, proof, unusable)
 
 
 def _step(step: repair.Step, summary: dict[str, Any], proof: Validation | None) -> dict[str, Any]:
@@ -164,6 +169,7 @@ def _once(plan: planning.Plan, staging: Path, run: Run) -> Outcome:
             progress=run.progress,
             layers=done["layers"],
             trust_remote_code=plan.recipe.trust_remote_code,
+            profile=run.checks,
         )
         outcome = proof.to_dict()
         if run.allocation is not None:

@@ -2,7 +2,7 @@
 
 windows      perplexity, KL divergence and top-1 agreement on held-out text; more windows where fewer decide nothing
 tasks        lm-eval's own harness on both models, item by item
-generation   flips of the next token on what the original writes
+generation   flips of the next token on what the original writes; a few texts of both, to look at
 gates        each figure against its limit, with its uncertainty; see quantkit_eval/gate.py
 
 Both models are in memory at once where they fit; else the original answers everything first, what is needed of its
@@ -21,22 +21,24 @@ from typing import Any, Literal
 
 import torch
 
-from quantkit import calibration, hub, integrity
+from quantkit import calibration, hub, integrity, tokenization
 from quantkit import plan as planning
 from quantkit.errors import MissingError
 from quantkit.loading import load, load_original, loadable
+from quantkit.profile import Profile
 from quantkit.progress import Progress
 from quantkit.recipe.calibration import TextSource
 from quantkit.recipe.gates import Limit
 from quantkit.recipe.validation import Validation as Settings
+from quantkit.results import Text, Validation
 from quantkit_eval import gate, harness
-from quantkit_eval.compare import Comparison, Tokens, measure, summary, working_bytes
-from quantkit_eval.flips import Flips, Written, flips_on, written
-from quantkit_eval.generate import continuation
+from quantkit_eval.compare import Tokens, measure, summary, working_bytes
+from quantkit_eval.flips import Flips, Written, flips_on, generated, written
+from quantkit_eval.generate import continuation, until_end
 from quantkit_eval.intervals import Interval
 from quantkit_eval.kept_logits import Bounds, KeptLogits, Spread
 from quantkit_eval.results_cache import ResultsCache, model_identity
-from quantkit_eval.task_comparison import TaskComparison, compare_tasks, recoveries
+from quantkit_eval.task_comparison import compare_tasks, recoveries
 from quantkit_eval.task_list import Tasks as LoadedTasks
 from quantkit_eval.task_list import load as load_tasks
 from quantkit_eval.task_list import resolve
@@ -44,52 +46,10 @@ from quantkit_eval.task_results import TaskResults
 from quantkit_eval.two_models import SHARE, TwoModels, free_memory, model_bytes, specs_bytes
 from quantkit_eval.windows import heldout_windows
 
-VALIDATED, FAILED, UNVALIDATED = "validated", "failed", "unvalidated"
 SAMPLE_TOKENS = 48
 PROMPT_TOKENS = 32  # of a window, for the original to go on from
+SHOWN = 4  # texts of both models that a report shows
 MORE = 4  # times the windows asked for, where validate.perplexity.most says nothing
-
-
-@dataclass(frozen=True)
-class Validation:
-    """An output measured against its original. `status`: "validated" when no gate stands in the way, else "failed".
-
-    notes      what was measured in the output's stead, and what of its quantization was not; empty when it was loaded
-    kl_bounds  how sure the KL divergence is where the models were measured one after the other; None side by side
-    data       the texts that the windows are of
-    """
-
-    comparison: Comparison
-    gates: list[gate.GateResult]
-    samples: dict[str, str]
-    message: str
-    notes: tuple[str, ...] = ()
-    flips: Flips | None = None
-    tasks: tuple[TaskComparison, ...] = ()
-    task_arguments: dict[str, Any] | None = None
-    kl_bounds: Bounds | None = None
-    data: str = ""
-
-    @property
-    def status(self) -> str:
-        return VALIDATED if all(g.passed for g in self.gates) else FAILED
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, as quantkit.json has them."""
-        return {
-            "status": self.status,
-            "message": self.message,
-            "data": self.data,
-            "comparison": self.comparison.to_dict(),
-            "side_by_side": self.kl_bounds is None,
-            "kl_bounds": None if self.kl_bounds is None else self.kl_bounds.to_dict(),
-            "flips": None if self.flips is None else self.flips.to_dict(),
-            "tasks": {task.name: task.to_dict() for task in self.tasks},
-            "task_arguments": self.task_arguments,
-            "gates": [g.to_dict() for g in self.gates],
-            "samples": self.samples,
-            "notes": list(self.notes),
-        }
 
 
 @dataclass
@@ -108,6 +68,7 @@ class _Run:
     loaded: LoadedTasks | None
     windows_WL: torch.Tensor
     progress: Progress
+    timed: Profile
     kept: KeptLogits | None = None
     spread: Spread | None = None
 
@@ -125,7 +86,8 @@ class _Run:
         self.progress.say(
             f"validation: the original goes on from {len(prompts)} prompts for {wanted.tokens} tokens each"
         )
-        return written(self.models.original, prompts, wanted.tokens)
+        with self.timed("generation"):
+            return written(self.models.original, prompts, wanted.tokens)
 
     @functools.cached_property
     def original_tasks(self) -> TaskResults | None:
@@ -151,35 +113,43 @@ def validate(
     progress: Progress,
     layers: list[dict[str, Any]],
     trust_remote_code: bool = False,
+    profile: Profile | None = None,
 ) -> Validation:
     """Loads both models, measures, and judges.
 
     limits  gates by name, as `Gates.limits` gives them
     layers  of quantkit.json, so that a failure can name the worst
+    profile takes the seconds of each part of the work
     Raises InputError when one of them cannot be loaded or measured, GateError when the output computes NaN or Inf.
     """
-    integrity.check(folder, layers)
-    tokenizer = planning.tokenizer(source, trust_remote_code=trust_remote_code)
-    texts = _texts(settings, tokenizer)
-    windows = _windows(settings, texts, tokenizer, progress)
-    loaded = None if settings.tasks is None else load_tasks(resolve(settings.tasks.names, settings.tasks.folder))
+    timed = profile or Profile(device)
+    with timed("marks of the layers"):
+        integrity.check(folder, layers)
+    with timed("texts and tasks read"):
+        tokenizer = planning.tokenizer(source, trust_remote_code=trust_remote_code)
+        texts = _texts(settings, tokenizer)
+        note = tokenization.check(folder, tokenizer, texts, trust_remote_code=trust_remote_code)
+        windows = _windows(settings, texts, tokenizer, progress)
+        loaded = None if settings.tasks is None else load_tasks(resolve(settings.tasks.names, settings.tasks.folder))
+    gate.known(limits, _measurable(settings, loaded))
     with loadable(folder, progress, trust=trust_remote_code) as (place, notes), contextlib.ExitStack() as stack:
         models = TwoModels(
-            functools.partial(_original, source, device, trust_remote_code),
-            functools.partial(_load, place, device, trust_remote_code),
+            functools.partial(_original, source, device, trust_remote_code, timed),
+            functools.partial(_load, place, device, trust_remote_code, timed),
             side_by_side=_side_by_side(settings, source, place, device, len(tokenizer), progress),
         )
         kept = None if models.side_by_side else stack.enter_context(_kept(folder))
-        run = _Run(models, tokenizer, settings, source, loaded, windows, progress, kept)
+        run = _Run(models, tokenizer, settings, source, loaded, windows, progress, timed, kept)
         tokens = _measured(run, windows)
         if _undecided(tokens, limits):
             tokens = _with_more(run, tokens, limits, _most(settings, texts, tokenizer))
         comparison = summary(tokens)
         measured: dict[str, Interval] = gate.figures(comparison)
-        flipped = None if run.written is None else flips_on(run.written, models.quantized)
+        flipped, shown = _generated(run)
         if flipped is not None:
             measured["flips"] = flipped.rate
-        tasks, arguments = _tasks(run)
+        by_item = _by_item(run)
+        tasks = compare_tasks(*by_item) if by_item else []
         measured |= recoveries(tasks)
         samples = _samples(run)
     if run.bounds is not None:
@@ -187,21 +157,41 @@ def validate(
     results = gate.check(measured, limits)
     message = gate.failure_message(results, gate.worst_layers(layers))
     texts_of = settings.perplexity
-    data = texts_of.data if texts_of.revision is None else f"{texts_of.data}@{texts_of.revision}"
-    return Validation(comparison, results, samples, message, notes, flipped, tuple(tasks), arguments, run.bounds, data)
+    return Validation(
+        comparison,
+        results,
+        samples,
+        message,
+        (*notes, *([note] if note else [])),
+        flipped,
+        tuple(tasks),
+        by_item[1].to_dict(by_item=False)["arguments"] if by_item else None,
+        run.bounds,
+        texts_of.data if texts_of.revision is None else f"{texts_of.data}@{texts_of.revision}",
+        shown,
+        by_item,
+    )
+
+
+def _measurable(settings: Settings, loaded: LoadedTasks | None) -> list[str]:
+    """Names of the figures that gates may ask for."""
+    found = [*gate.ON_WINDOWS, *(["flips"] if settings.generation.prompts else [])]
+    return [*found, "recovery", *(f"recovery.{task.name}" for task in loaded.tasks)] if loaded else found
 
 
 # Memory --------------------------------------------------------------------------------------------------------------
 
 
-def _load(folder: Path, device: torch.device, trust: bool) -> Any:
+def _load(folder: Path, device: torch.device, trust: bool, timed: Profile) -> Any:
     dtype = torch.float32 if device.type == "cpu" else "auto"
-    return load(folder, dtype=dtype, trust_remote_code=trust).to(device)
+    with timed("models loaded"):
+        return load(folder, dtype=dtype, trust_remote_code=trust).to(device)
 
 
-def _original(source: hub.Source, device: torch.device, trust: bool) -> Any:
+def _original(source: hub.Source, device: torch.device, trust: bool, timed: Profile) -> Any:
     dtype = torch.float32 if device.type == "cpu" else "auto"
-    return load_original(source, trust=trust, dtype=dtype).to(device)
+    with timed("models loaded"):
+        return load_original(source, trust=trust, dtype=dtype).to(device)
 
 
 def _side_by_side(
@@ -257,6 +247,11 @@ def _most(settings: Settings, texts: list[str], tokenizer: Any) -> torch.Tensor:
 
 
 def _measured(run: _Run, windows_WL: torch.Tensor) -> Tokens:
+    with run.timed("windows"):
+        return _on_windows(run, windows_WL)
+
+
+def _on_windows(run: _Run, windows_WL: torch.Tensor) -> Tokens:
     if run.kept is None:
         with _told(run.progress, len(windows_WL), "compared") as on_progress:
             return measure(run.models.original, run.models.quantized, windows_WL, on_progress=on_progress)
@@ -302,16 +297,16 @@ def _with_more(run: _Run, tokens: Tokens, limits: Mapping[str, Limit], most_WL: 
 # Tasks ---------------------------------------------------------------------------------------------------------------
 
 
-def _tasks(run: _Run) -> tuple[list[TaskComparison], dict[str, Any] | None]:
-    """lm-eval on both models, and its arguments."""
+def _by_item(run: _Run) -> tuple[TaskResults, TaskResults] | None:
+    """What lm-eval finds on original and output; None without tasks."""
     original = run.original_tasks
     if original is None:
-        return [], None
+        return None
     quantized = _run_tasks(run, "quantized")
     for task in (*original.tasks, *quantized.tasks):
         for warning in task.warnings:
             run.progress.warn(f"{task.name}: {warning}")
-    return compare_tasks(original, quantized), quantized.to_dict(by_item=False)["arguments"]
+    return original, quantized
 
 
 def _run_tasks(run: _Run, which: Literal["original", "quantized"], **kept: Any) -> TaskResults:
@@ -319,21 +314,39 @@ def _run_tasks(run: _Run, which: Literal["original", "quantized"], **kept: Any) 
     assert wanted is not None and run.loaded is not None
     names = ", ".join(task.name for task in run.loaded.tasks)
     run.progress.say(f"validation: {names} on the {which} model")
-    return harness.run(
-        run.models.original if which == "original" else run.models.quantized,
-        run.tokenizer,
-        run.loaded,
-        limit=wanted.limit,
-        num_fewshot=wanted.num_fewshot,
-        batch_size=wanted.batch_size,
-        apply_chat_template=wanted.chat_template,
-        add_bos_token=wanted.add_bos_token,
-        max_length=wanted.max_length,
-        **kept,
-    )
+    with run.timed(f"tasks on the {which} model"):
+        return harness.run(
+            run.models.original if which == "original" else run.models.quantized,
+            run.tokenizer,
+            run.loaded,
+            limit=wanted.limit,
+            num_fewshot=wanted.num_fewshot,
+            batch_size=wanted.batch_size,
+            apply_chat_template=wanted.chat_template,
+            add_bos_token=wanted.add_bos_token,
+            max_length=wanted.max_length,
+            **kept,
+        )
 
 
 # Text ----------------------------------------------------------------------------------------------------------------
+
+
+def _generated(run: _Run) -> tuple[Flips | None, tuple[Text, ...]]:
+    """Flips on what the original wrote, and how the output goes on after the first of the same prompts."""
+    found = run.written
+    if found is None:
+        return None, ()
+    model = run.models.quantized
+    with run.timed("generation"):
+        flipped = flips_on(found, model)
+        original = found.text_PT[:SHOWN]
+        own = generated(model, original[:, : found.prompt], original.shape[1] - found.prompt)
+    pairs = zip(original, own, strict=True)
+    decode = functools.partial(until_end, run.tokenizer)
+    prompts = [run.tokenizer.decode(row[: found.prompt]) for row in original]
+    texts = [(decode(a[found.prompt :]), decode(b[found.prompt :])) for a, b in pairs]
+    return flipped, tuple(Text(prompt, *both) for prompt, both in zip(prompts, texts, strict=True))
 
 
 def _samples(run: _Run) -> dict[str, str]:
@@ -345,4 +358,5 @@ def _samples(run: _Run) -> dict[str, str]:
 
 def _sample(run: _Run, model: Any) -> str:
     prompt = run.settings.prompt
-    return continuation(model, run.tokenizer, prompt, SAMPLE_TOKENS) if prompt else ""
+    with run.timed("generation"):
+        return continuation(model, run.tokenizer, prompt, SAMPLE_TOKENS) if prompt else ""

@@ -20,6 +20,7 @@ from typer.testing import CliRunner, Result
 from quantkit import api, convert, doctor, estimate, inspection, report
 from quantkit import plan as planning
 from quantkit.cli import app, main
+from quantkit.cli_validation import Sides
 from quantkit.errors import GateError, InputError, MissingError
 from quantkit.progress import Progress
 from quantkit.ranks import Ranks
@@ -101,6 +102,7 @@ def test_bad_usage_is_2(args: list[str]) -> None:
             "unknown key calibration.sample; did you mean samples?",
         ),
         (["plan", QUICKSTART, "--set", "scheme=W4A61"], "unknown preset W4A61; did you mean W4A16?"),
+        (["validate", "x", "--limit", "3"], "--tasks-folder and --limit are of tasks; name some with --tasks"),
         (["validate", "x", "--gate", "kl"], "--gate kl: expected name=value"),
         (["validate", "x", "--gate", "KL=1"], "--gate KL=1: unknown gate KL; did you mean kl?"),
         (["validate", "x", "--gate", "kl=low"], "--gate kl=low: expected a number, got 'low'"),
@@ -199,10 +201,11 @@ def test_quantize_passes_everything_on(monkeypatch: pytest.MonkeyPatch) -> None:
         fresh: bool,
         profile: bool,
         delete_shards: bool,
+        report: bool,
         progress: Progress,
         ranks: Ranks,
     ) -> api.Result:
-        given = (device, overwrite, fresh, profile, delete_shards, ranks.size)
+        given = (device, overwrite, fresh, profile, delete_shards, report, ranks.size)
         calls.append((recipe.model, recipe.calibration.samples, out, *given))
         progress.say("on stderr")
         return api.Result(Path("there"), SUMMARY, validation(passed=True))
@@ -224,8 +227,9 @@ def test_quantize_passes_everything_on(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
     result = run("quantize", QUICKSTART, *options)
     assert result.exit_code == 0, result.stderr
-    assert calls == [("org/name", 7, Path("there"), "cpu", True, True, True, True, 1)]
+    assert calls == [("org/name", 7, Path("there"), "cpu", True, True, True, True, True, 1)]
     assert result.stderr == "on stderr\n"
+    assert "report: there/report.html" in result.stdout
 
 
 def test_the_table_shows_before_after_and_gates(capsys: pytest.CaptureFixture[str]) -> None:
@@ -261,14 +265,29 @@ def test_validate_passes_everything_on(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(api, "validate", validate)
     options = ["--against", "m", "--data", "d.txt", "--windows", "3", "--length", "64", "--device", "cpu"]
+    options += ["--tasks", "a,b", "--tasks-folder", "mine", "--limit", "9", "--side-by-side", "no", "--report", "there"]
     options.append("--delete-shards")
     result = run("validate", "out", *options, "--gate", "kl=0.1", "--gate", "top1_agreement=1")
     assert result.exit_code == 0, result.stderr
-    given = {"against": "m", "data": "d.txt", "windows": 3, "length": 64, "device": "cpu", "tasks": None}
-    given["delete_shards"] = True
+    tasks = {"names": ["a", "b"], "folder": "mine", "limit": 9}
+    given = {"against": "m", "data": "d.txt", "windows": 3, "length": 64, "device": "cpu", "tasks": tasks}
+    given |= {"side_by_side": False, "report": Path("there"), "delete_shards": True}
     assert calls == [(Path("out"), {**given, "gates": {"kl": 0.1, "top1_agreement": 1.0}})]
     assert run("validate", "out").exit_code == 0
-    assert calls[1][1] == {**dict.fromkeys(given), "device": "auto", "delete_shards": False, "gates": None}
+    plain = {"device": "auto", "delete_shards": False, "gates": None, "report": Path("out-report")}
+    assert calls[1][1] == {**dict.fromkeys(given), **plain}
+
+
+@pytest.mark.parametrize(("given", "means"), [("recipe", None), ("auto", "auto"), ("yes", True), ("no", False)])
+def test_how_the_models_are_held(given: str, means: object) -> None:
+    assert Sides(given).given == means
+
+
+def test_bounds_of_the_divergence_are_in_the_table(capsys: pytest.CaptureFixture[str]) -> None:
+    bounds = {"at_least": 0.0401, "at_most": 0.0502}
+    report.print_result({"validation": {**VALIDATION, "kl_bounds": bounds}})
+    lines = [re.sub(r"\s{2,}", " | ", line.strip()) for line in capsys.readouterr().out.splitlines()]
+    assert "for certain | 0.0401 to 0.0502" in lines
 
 
 SECTION = {

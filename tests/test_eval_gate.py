@@ -82,7 +82,7 @@ def test_a_warning_stops_nothing_and_is_told() -> None:
 
 
 def test_a_gate_of_what_was_not_measured_is_refused() -> None:
-    with pytest.raises(InputError, match="gate 'recovery': nothing of that name was measured; there are kl"):
+    with pytest.raises(InputError, match="gate 'recovery': nothing of that name is measured; there are kl"):
         check(figures(GOOD), limits({"recovery": 0.9}))
 
 

@@ -139,6 +139,7 @@ def test_an_unknown_task_and_those_like_it(no_defaults: None, own: Path) -> None
     ("names", "change", "message"),
     [
         ([], None, "no task is named"),
+        (["./mine/sums.yaml"], None, r"is a file; give its folder as tasks\.folder"),
         (["sums"], lambda folder: folder / "nowhere", "not a folder"),
         (["sums"], lambda folder: folder / "mine" / "data", "no file that ends in .yaml"),
         ([CLOZE], lambda folder: write(folder, "x", task=CLOZE), "quantkit's own task; rename"),

@@ -91,6 +91,11 @@ LAYERS = (
         "quantkit.validation",
         "quantkit.running",
         "quantkit.comparison",
+        "quantkit.results",
+        "quantkit.tokenization",
+        "quantkit.advice",
+        "quantkit.plots",
+        "quantkit.html_report",
         "quantkit.api",
         "quantkit.report",
         "quantkit.doctor",
@@ -100,7 +105,14 @@ LAYERS = (
         "quantkit.job",
         "quantkit.reproducing",
     ),
-    ("quantkit.cli", "quantkit.cli_running", "quantkit.cli_hub", "quantkit.__main__", "quantkit"),
+    (
+        "quantkit.cli",
+        "quantkit.cli_running",
+        "quantkit.cli_validation",
+        "quantkit.cli_hub",
+        "quantkit.__main__",
+        "quantkit",
+    ),
 )
 # What the kernels may import besides the standard library: they are of use without the rest.
 KERNEL_IMPORTS = {"quantkit_kernels", "torch", "triton"}

@@ -64,7 +64,7 @@ def test_right_and_wrong_items() -> None:
         found.recovery.value == pytest.approx(0.75 / 0.8) and found.recovery.low < 0.9375 < found.recovery.high < 1.05
     )
     assert found.p is not None and found.p == pytest.approx(0.3018, abs=1e-3) and found.changed == pytest.approx(0.15)
-    assert found.smallest_loss == pytest.approx(2.8 * math.sqrt(0.15 / 100), rel=0.01)
+    assert found.smallest_loss == pytest.approx(2.8 * math.sqrt(16 / 102 / 100), rel=0.01)
 
 
 def test_a_perplexity_is_recovered_the_other_way_round() -> None:
@@ -87,8 +87,8 @@ def test_the_mean_of_recoveries() -> None:
     found = recoveries(compare_tasks(results(*a), results(*b)))
     assert list(found) == ["recovery", "recovery.x", "recovery.y"]
     assert found["recovery"].value == pytest.approx(0.9) and found["recovery"].samples == 200
-    y = found["recovery.y"]
-    assert found["recovery"].stderr == pytest.approx((y.stderr or 0) / 2)
+    errors = [found[f"recovery.{name}"].stderr or 0 for name in "xy"]
+    assert 0 < errors[0] < errors[1] and found["recovery"].stderr == pytest.approx(math.hypot(*errors) / 2)
     assert recoveries([]) == {}
 
 

@@ -196,11 +196,15 @@ def test_outputs_side_by_side(model: Path, first: quantkit.Result, tmp_path: Pat
     assert [row[0] for row in section["table"]["rows"]] == ["better", "out"] and section["warnings"] == []
     assert section["table"]["rows"][0][1:3] == ["W8A16-g32", "rtn"]
     assert "| better | W8A16-g32 | rtn |" in comparison.markdown(section)
-    comparison.plot(found, tmp_path / "plot.svg")
-    assert (tmp_path / "plot.svg").read_text().count("<use ") > 2
+    comparison.write(found, tmp_path / "compared")
+    for name in ("report.html", "compare.svg"):
+        drawn = (tmp_path / "compared" / name).read_text()
+        assert drawn.count("<use ") > 2 and ">better<" in drawn
+    content = json.loads((tmp_path / "compared" / "results.json").read_text())
+    assert [x["kl"] for x in content["outputs"]] == [x["kl"] for x in found]
     quantkit.validate(second.out, windows=3, gates={})
     (warning,) = comparison.report(comparison.read([first.out, second.out]))["warnings"]
-    assert "measured on different windows (better: 3 of" in warning
+    assert "measured on different windows (better: 3 of 32 tokens" in warning
 
 
 def test_what_cannot_stand_side_by_side(model: Path, tmp_path: Path) -> None:

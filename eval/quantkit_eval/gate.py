@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -21,6 +21,10 @@ from quantkit_eval.intervals import Interval, Outcome, Sense, mean_interval, ver
 
 # What is counted where a figure's samples are not windows.
 UNITS = {"flips": "prompts", "recovery": "items"}
+
+
+# What windows say, whatever the recipe.
+ON_WINDOWS = ("kl", "perplexity_ratio", "top1_agreement")
 
 
 @dataclass(frozen=True)
@@ -75,14 +79,20 @@ def _exp(x: Interval) -> Interval:
     return replace(x, value=exp(x.value), low=exp(x.low), high=exp(x.high), stderr=error)
 
 
-def check(measured: Mapping[str, Interval], gates: Mapping[str, Limit]) -> list[GateResult]:
-    """Judges each gate of `gates`, in its order. Raises InputError for a gate of something that was not measured."""
-    results = []
-    for name, gate in gates.items():
+def known(gates: Mapping[str, Limit], measured: Collection[str]) -> None:
+    """Raises InputError for a gate of something that is not measured."""
+    for name in gates:
         if name not in measured:
             close = difflib.get_close_matches(name, measured, n=1)
             hint = f"did you mean {close[0]!r}? " if close else ""
-            raise InputError(f"gate {name!r}: nothing of that name was measured; {hint}there are {', '.join(measured)}")
+            raise InputError(f"gate {name!r}: nothing of that name is measured; {hint}there are {', '.join(measured)}")
+
+
+def check(measured: Mapping[str, Interval], gates: Mapping[str, Limit]) -> list[GateResult]:
+    """Judges each gate of `gates`, in its order. Raises InputError for a gate of something that was not measured."""
+    known(gates, measured)
+    results = []
+    for name, gate in gates.items():
         found, side = measured[name], sense(name)
         judged = verdict(found, gate.limit, side)
         figures = (gate.limit, found.value, found.low, found.high, judged.outcome, judged.needed, found.samples)

@@ -1,4 +1,4 @@
-"""One generated sentence: a look at a model that no figure replaces."""
+"""What a model writes, as text: a look at it that no figure replaces."""
 
 from __future__ import annotations
 
@@ -57,3 +57,11 @@ def first_sentence(text: str, *, ended: bool) -> str:
         return line
     whole, _, _ = line.rpartition(" ")
     return f"{whole or line}..."
+
+
+def until_end(tokenizer: PreTrainedTokenizerBase, ids_T: torch.Tensor) -> str:
+    """Generated tokens as text, up to the first end of text."""
+    ids: list[int] = ids_T.tolist()
+    if tokenizer.eos_token_id in ids:
+        ids = ids[: ids.index(tokenizer.eos_token_id)]
+    return str(tokenizer.decode(ids))

@@ -100,8 +100,11 @@ def ratio_interval(
 ) -> Interval:
     """sum(numerators) / sum(denominators) with bounds by a paired bootstrap: items are drawn, both figures with them.
 
-    The bounds are the percentiles of the resampled ratios. Raises ValueError when the lengths differ, there is no item
-    or the denominators add up to nothing, since then there is no ratio.
+    The bounds are the percentiles of the resampled ratios. Items that are right or wrong may hardly differ, and drawing
+    them again would find as little: there half an item is added to each of the four cases (right and right, right and
+    wrong, ...), as Agresti and Min do for a paired difference.
+    Raises ValueError when the lengths differ, there is no item or the denominators add up to nothing, since then there
+    is no ratio.
     """
     n = len(numerators)
     if n != len(denominators) or n == 0:
@@ -111,15 +114,35 @@ def ratio_interval(
         raise ValueError("the original's scores add up to 0, so there is nothing to recover")
     value = float(top.sum() / below.sum())
     generator = torch.Generator().manual_seed(seed)
-    ratios = []
-    for start in range(0, resamples, 1000):  # bounds the memory: 1000 rows of n indices
-        rows = min(1000, resamples - start)
-        drawn = torch.randint(n, (rows, n), generator=generator)
-        sums = below[drawn].sum(1)
-        ratios.append(top[drawn].sum(1)[sums != 0] / sums[sums != 0])
-    found = torch.cat(ratios)
+    binary = bool(((top == 0) | (top == 1)).all() and ((below == 0) | (below == 1)).all())
+    found = (_of_cases if binary else _of_items)(top, below, resamples, generator)
     low, high = torch.quantile(found, torch.tensor([1 - confidence, confidence], dtype=torch.float64)).tolist()
     return Interval(value, low, high, float(found.std()), n, confidence)
+
+
+def _of_items(top_N: torch.Tensor, below_N: torch.Tensor, resamples: int, generator: torch.Generator) -> torch.Tensor:
+    """Ratios of samples of the items, with replacement; samples whose denominator is 0 are left out."""
+    ratios, n = [], len(top_N)
+    for start in range(0, resamples, 1000):  # bounds the memory: 1000 rows of n indices
+        drawn = torch.randint(n, (min(1000, resamples - start), n), generator=generator)
+        sums = below_N[drawn].sum(1)
+        ratios.append(top_N[drawn].sum(1)[sums != 0] / sums[sums != 0])
+    return torch.cat(ratios)
+
+
+def _of_cases(top_N: torch.Tensor, below_N: torch.Tensor, resamples: int, generator: torch.Generator) -> torch.Tensor:
+    """The same of items of 0 and 1, with half an item more of each case: only how many there are of each matters."""
+    both, won = float((top_N * below_N).sum()), float((top_N * (1 - below_N)).sum())
+    lost = float(below_N.sum()) - both
+    cases = [count + 0.5 for count in (both, lost, won, len(top_N) - both - lost - won)]
+    left, rest = torch.full((resamples,), len(top_N) + 2.0, dtype=torch.float64), math.fsum(cases)
+    drawn = []
+    for case in cases[:3]:  # a multinomial, case by case
+        count = torch.binomial(left, torch.full_like(left, case / rest), generator=generator)
+        drawn.append(count)
+        left, rest = left - count, rest - case
+    below = drawn[0] + drawn[1]
+    return ((drawn[0] + drawn[2]) / below)[below != 0]
 
 
 def mcnemar(original: Sequence[bool], quantized: Sequence[bool]) -> tuple[int, int, float]:

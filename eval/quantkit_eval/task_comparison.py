@@ -47,7 +47,6 @@ class TaskComparison:
     p: float | None
     changed: float | None
     smallest_loss: float | None
-    seconds: float
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -75,7 +74,8 @@ def _compare(a: TaskResult, b: TaskResult) -> TaskComparison:
     right = _right(a, b)
     lost, won, p = mcnemar(*right) if right else (None, None, None)
     answered = [x != y for x, y in zip(a.answers, b.answers, strict=True)] if any(a.answers) else None
-    disagree = (lost + won) / len(a.scores) if lost is not None and won is not None else None
+    # Half an item more of each case, as in the bounds: none that changed is no proof that none would.
+    disagree = (lost + won + 1) / (len(a.scores) + 2) if lost is not None and won is not None else None
     return TaskComparison(
         name=a.name,
         version=a.version,
@@ -90,7 +90,6 @@ def _compare(a: TaskResult, b: TaskResult) -> TaskComparison:
         p=p,
         changed=sum(answered) / len(answered) if answered else None,
         smallest_loss=None if disagree is None else smallest_loss(disagree, len(a.scores)),
-        seconds=round(a.seconds + b.seconds, 1),
     )
 
 

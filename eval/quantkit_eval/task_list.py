@@ -75,6 +75,12 @@ def resolve(names: Sequence[str], folder: Path | str | None = None) -> Selection
     wanted = tuple(dict.fromkeys(names))
     if not wanted:
         raise InputError(f"no task is named; quantkit ships {', '.join(SHIPPED)}")
+    for name in wanted:
+        if name.endswith((".yaml", ".yml")):
+            raise InputError(
+                f"task {name!r} is a file; give its folder as tasks.folder (--tasks-folder), and the name that it has "
+                "under `task` in there"
+            )
     places = [FOLDER]
     if folder is not None:
         folder = _folder(Path(folder))
@@ -121,9 +127,9 @@ def load(selection: Selection) -> Tasks:
 def _folder(folder: Path) -> Path:
     folder = folder.expanduser().resolve()
     if not folder.is_dir():
-        raise InputError(f"tasks_folder {folder} is not a folder; name one that holds lm-eval's task YAMLs")
+        raise InputError(f"tasks.folder: {folder} is not a folder; name one that holds lm-eval's task YAMLs")
     if not any(folder.glob("**/*.yaml")):
-        raise InputError(f"tasks_folder {folder} has no file that ends in .yaml")
+        raise InputError(f"tasks.folder: {folder} has no file that ends in .yaml")
     return folder
 
 

@@ -15,8 +15,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_serializer
+from pydantic import BeforeValidator, Field, ValidationError, model_serializer
 
+from quantkit.errors import InputError
 from quantkit.recipe.scheme import Part
 from quantkit.types import Scheme
 
@@ -116,5 +117,10 @@ def _bits(number: str) -> int:
 
 
 def limits(gates: Mapping[str, Any]) -> dict[str, Limit]:
-    """Limits by name from plain values, as a recipe has them. Raises pydantic's ValidationError."""
-    return Gates.model_validate(dict(gates)).limits()
+    """Limits by name from plain values, as a recipe has them. Raises InputError."""
+    try:
+        return Gates.model_validate(dict(gates)).limits()
+    except ValidationError as e:
+        found = e.errors()[0]
+        where = ".".join(str(part) for part in found["loc"] if isinstance(part, str) and part not in ("limit", "level"))
+        raise InputError(f"gate {where}: {found['msg']}; got {found['input']!r}") from None

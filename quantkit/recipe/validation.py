@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, field_serializer, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, field_serializer, model_validator
 
+from quantkit.errors import InputError
 from quantkit.recipe.calibration import TextSource
 from quantkit.recipe.errors import problem
 from quantkit.recipe.gates import AVERAGE, Gates
@@ -125,3 +127,37 @@ class Validation(Part):
             if task != AVERAGE and task not in named:
                 raise problem("the gate recovery.{task} needs that task among tasks", task=task)
         return self
+
+
+def changed(
+    settings: Validation,
+    data: str | None,
+    windows: int | None,
+    length: int | None,
+    tasks: Sequence[str] | Mapping[str, Any] | None,
+    side_by_side: bool | Literal["auto"] | None,
+) -> Validation:
+    """A recipe's settings with what `validate` was given instead."""
+    texts = settings.perplexity
+    texts = Perplexity(
+        windows=windows or texts.windows,
+        most=texts.most if windows is None else None,
+        length=length or texts.length,
+        **({"data": data} if data else texts.model_dump(include=set(TextSource.model_fields))),
+    )
+    update: dict[str, Any] = {"perplexity": texts}
+    if tasks is not None:
+        update["tasks"] = _tasks(tasks)
+    if side_by_side is not None:
+        if side_by_side not in (True, False, "auto"):
+            raise InputError(f"side_by_side: expected True, False or 'auto'; got {side_by_side!r}")
+        update["side_by_side"] = side_by_side
+    return settings.model_copy(update=update)
+
+
+def _tasks(tasks: Sequence[str] | Mapping[str, Any]) -> Tasks:
+    try:
+        return Tasks.model_validate(dict(tasks) if isinstance(tasks, Mapping) else {"names": list(tasks)})
+    except ValidationError as e:
+        found = e.errors()[0]
+        raise InputError(f"tasks: {'.'.join(map(str, found['loc']))}: {found['msg']}; got {found['input']!r}") from None
