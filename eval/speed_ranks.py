@@ -52,10 +52,10 @@ def work(args: argparse.Namespace) -> None:
             place = api.pick_device(args.device)
             if ranks.first:
                 out.mkdir()
-            timed = Profile(place, on=args.profile)
+            timed = Profile(place, exact=args.profile)
             plan = planning.make(Recipe.from_any(recipe))
             pipeline.quantize(plan, out, device=place, progress=progress, profile=timed, ranks=ranks)
-            clock.said += timed.lines()
+            clock.said += timed.lines() if args.profile else []
         wait()
         peaks = ranks.everyone(torch.cuda.max_memory_allocated() / 2**30 if args.device == "cuda" else None)
         if ranks.first:
