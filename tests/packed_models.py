@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from quantkit import formats, numerics
 from quantkit.checkpoint import DTYPES
+from quantkit.runtime.linear import PackedLinear
 from quantkit.types import QParams, QuantizedTensor, Scheme
 
 # Dimensions that every format takes: blocks of 128, groups of 128, words of 32.
@@ -96,3 +97,11 @@ def write_config(folder: Path, quantization: dict[str, Any] | None, **changes: A
     if quantization is not None:
         config["quantization_config"] = quantization
     (folder / "config.json").write_text(json.dumps(config))
+
+
+def decoding(model: Any) -> Any:
+    """The model, which on a CPU too multiplies by decoded int4 weights, as compiled, joined and offloaded layers do."""
+    for module in model.modules():
+        if isinstance(module, PackedLinear):
+            module.fits_words = False
+    return model

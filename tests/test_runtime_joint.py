@@ -37,6 +37,7 @@ def sizes(layers: int = 2) -> dict[str, int]:
 def test_joined_layers_compute_the_same_and_are_saved_alike(name: str, tmp_path: Path) -> None:
     packed_models.save(tmp_path / "m", *CASES[name], model=sizes())
     model, layers = loaded(tmp_path / "m")
+    packed_models.decoding(model)
     before, footprint = logits(model), model.get_memory_footprint()
     weights = {key: layer.weight for key, layer in layers.items()}
     assert join(model) == 4 and join(model) == 0
@@ -78,7 +79,7 @@ def test_it_compiles_whole_and_adapters_find_the_layers(tmp_path: Path) -> None:
     from peft import LoraConfig, get_peft_model
 
     packed_models.save(tmp_path / "m", *CASES["W4A16"], model=sizes())
-    model, _ = loaded(tmp_path / "m")
+    model = packed_models.decoding(loaded(tmp_path / "m")[0])
     join(model)
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")

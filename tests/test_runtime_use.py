@@ -20,7 +20,6 @@ from quantkit import formats
 from quantkit.errors import InputError
 from quantkit.hub import resolve
 from quantkit.presets import PRESETS
-from quantkit.runtime.linear import PackedLinear
 from quantkit.types import Scheme, TensorScheme
 
 SCHEMES: dict[str, tuple[str, Scheme]] = {
@@ -95,9 +94,8 @@ def test_offloading(name: str, device_map: str, folders: Any, tmp_path: Path) ->
     model, layers = loaded(folders(name), device_map=where, offload_folder=tmp_path / "offloaded")
     if device_map == "disk":
         assert layers["model.layers.1.mlp.up_proj"].codes.is_meta
-    for m in plain.modules() if device_map == "disk" else ():
-        if isinstance(m, PackedLinear):
-            m.fits_words = False  # as in layers that hooks move: the product that decodes
+    if device_map == "disk":
+        packed_models.decoding(plain)  # as layers do that hooks move
     assert torch.equal(logits(model), logits(plain))
     saved_alike(model, folders(name), tmp_path / "again")
 
@@ -126,7 +124,7 @@ def test_shards_of_any_size(folders: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize("grad", [True, False])
 def test_it_compiles_whole(name: str, grad: bool, folders: Any) -> None:
     torch._dynamo.reset()
-    model, _ = loaded(folders(name))
+    model = packed_models.decoding(loaded(folders(name))[0])
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     with torch.set_grad_enabled(grad):
         assert torch.equal(compiled(IDS, use_cache=False).logits, model(IDS, use_cache=False).logits)
