@@ -17,7 +17,7 @@ def test_a_gpu_with_too_little_memory(tmp_path):
     folder = tiny.save(tmp_path / "model", hidden_size=512, intermediate_size=2048, num_hidden_layers=3)
     recipe = {
         "model": str(folder),
-        "scheme": "W4A16",
+        "scheme": {"preset": "W4A16", "group_size": 32},
         "calibration": {"samples": 64, "length": 1024, "batch_size": 64, "hidden": "device"},
         "validate": "none",
     }

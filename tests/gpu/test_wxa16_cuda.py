@@ -133,7 +133,8 @@ def test_the_same_bits_every_time() -> None:
     for m in (1, 16, 48):
         x = activations(m, 4096, torch.bfloat16)
         first = wxa16.linear(x, p)
-        assert choices.choose(Problem("int4", "bf16", 4096, 4096, 128, m), choices.gpu_of(x.device)).split > 1
+        one = choices.choose(Problem("int4", "bf16", 4096, 4096, 128, m), choices.gpu_of(x.device))
+        assert one.split > 1 or one.path == "hopper"  # sums of several programs
         assert all(torch.equal(wxa16.linear(x, p), first) for _ in range(50))
         counters = torch.zeros(1024, dtype=torch.int32, device="cuda")
         assert torch.equal(wxa16.linear(x, p, counters=counters), first) and not counters.any()
