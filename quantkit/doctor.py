@@ -108,7 +108,7 @@ def _gpus() -> list[Check]:
         return [Check("GPU", "unknown", "bad", f"torch cannot be imported: {str(error).splitlines()[0]}")]
     if not torch.cuda.is_available():
         why = "torch finds no usable device" if torch.version.cuda else "this torch is built for CPU"
-        return [Check("GPU", "none: runs on CPU, packed weights through plain torch", "absent", why)]
+        return [Check("GPU", "none: runs on CPU, packed weights through torch", "absent", why)]
     found = []
     for index in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(index)
