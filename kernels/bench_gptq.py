@@ -29,7 +29,7 @@ from quantkit.algorithms import _refine  # noqa: E402
 from quantkit.algorithms import gptq as eager  # noqa: E402
 from quantkit.types import QuantizedTensor, TensorScheme  # noqa: E402
 from quantkit_kernels import gptq, scales  # noqa: E402
-from quantkit_kernels.gptq import Tuning  # noqa: E402
+from quantkit_kernels._gptq_problem import Tuning, problem_of  # noqa: E402
 
 DEVICE = "cuda"
 SHAPES = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}
@@ -281,7 +281,7 @@ def column_kernels(rows: int, sub: int, warps: int) -> dict[str, Any]:
         matrix = torch.randn(128, 128, device=DEVICE) * 0.05
         matrix.fill_diagonal_(1)
         scale = torch.full((n, 1), 0.01, device=DEVICE)
-        p = gptq._problem(w, None, scale, None, matrix, "int4", 128, tuning)
+        p = problem_of(w, None, scale, None, matrix, "int4", 128, tuning)
         p.codes.zero_()
         spread, carry, delta = p.spread(slice(0, 128)), torch.empty_like(w), torch.empty_like(w)
         for name, out in (("ldlq", None), ("descent", delta)):
@@ -298,7 +298,7 @@ def refit_kernel(rows: int, warps: int) -> dict[str, Any]:
         w = torch.randn(n, 128, device=DEVICE) * 0.02
         matrix = torch.eye(128, device=DEVICE) + 0.01
         scale = torch.full((n, 128 // span), 0.01, device=DEVICE)
-        p = gptq._problem(w, None, scale, None, matrix, "int4", span, tuning)
+        p = problem_of(w, None, scale, None, matrix, "int4", span, tuning)
         p.codes.random_(-8, 8)
         gradient, delta, carry = torch.randn_like(w), torch.empty_like(w), torch.empty_like(w)
         once = functools.partial(gptq._refit, p, 0, 128, gradient, matrix, carry, delta, torch.bfloat16)

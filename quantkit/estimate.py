@@ -18,7 +18,8 @@ import torch
 from quantkit import inventory, lint, rehearsal, room, skeleton, solve, streaming
 from quantkit.checkpoint import DTYPES, nbytes
 from quantkit.hidden import SHARE
-from quantkit.plan import Linear, Plan, described, outside, short
+from quantkit.linears import Linear
+from quantkit.plan import Plan, described, outside, short
 from quantkit.progress import duration
 
 CUDA_HOST = 900 << 20  # host memory that CUDA and torch's kernels take once a GPU is used

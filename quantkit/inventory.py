@@ -18,7 +18,8 @@ from typing import Any
 
 from quantkit.checkpoint import Checkpoint, is_other_weights
 from quantkit.errors import InputError
-from quantkit.plan import Plan, whole
+from quantkit.linears import whole
+from quantkit.plan import Plan
 
 KINDS = ("quantized", "copied", "rewritten", "apart", "dropped")
 

@@ -58,14 +58,7 @@ def run(
     """
     progress = progress or Silent()
     settled = Recipe.from_any(recipe, overrides, model=model)
-    wanted = settled.push
-    if wanted is None:
-        raise InputError(
-            "the recipe does not say where to push: give it push: {repo: OWNER/NAME}, or push: true for a repository "
-            "of yours named after model and scheme (--set push=true); quantkit quantize pushes nothing"
-        )
-    if settled.validation is None and not wanted.unvalidated:
-        raise InputError("push: the recipe has validate: none; leave that out, or set push.unvalidated")
+    wanted = _wanted(settled)
     how: dict[str, Any] = {"device": device, "overwrite": overwrite, "profile": profile, "progress": progress}
     how |= {"out": out, "calibration_data": calibration_data, "delete_shards": delete_shards}
     how |= {"fresh": fresh, "ranks": ranks, "report": report}
@@ -94,6 +87,19 @@ def run(
         progress.say(f"the output is whole; to push it: {again(result.out, name, wanted)}")
         raise
     return Done(result, pushed)
+
+
+def _wanted(recipe: Recipe) -> Push:
+    """Where the recipe pushes to. Raises InputError where it does not say so, or could not."""
+    wanted = recipe.push
+    if wanted is None:
+        raise InputError(
+            "the recipe does not say where to push: give it push: {repo: OWNER/NAME}, or push: true for a repository "
+            "of yours named after model and scheme (--set push=true); quantkit quantize pushes nothing"
+        )
+    if recipe.validation is None and not wanted.unvalidated:
+        raise InputError("push: the recipe has validate: none; leave that out, or set push.unvalidated")
+    return wanted
 
 
 def _ahead(login: hub_push.Login, name: str, wanted: Push) -> Ahead:

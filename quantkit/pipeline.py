@@ -16,7 +16,7 @@ the output is good: that is for validation, after a reload from disk.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -26,25 +26,26 @@ import torch
 from quantkit import (
     blocks,
     calibration,
+    calibration_rows,
     experts,
     folding,
-    formats,
     hidden,
     kv_cache,
     observation,
     output,
     shares,
-    skeleton,
     solve,
     streaming,
     tuning,
+    writing,
 )
 from quantkit.checkpoint import DTYPES
 from quantkit.errors import InputError
 from quantkit.fitting import Fitting
 from quantkit.inventory import account
 from quantkit.journal import Journal
-from quantkit.plan import Linear, Plan, outside, tokenizer, whole
+from quantkit.linears import Linear
+from quantkit.plan import Plan, outside
 from quantkit.profile import Profile
 from quantkit.progress import Progress
 from quantkit.ranks import ALONE, Ranks
@@ -103,7 +104,7 @@ def quantize(
         progress.warn(warning)
     timed = profile or Profile(device)
     with timed("calibration texts"):
-        own = _rows(plan, progress, calibration_data) if ranks.first else None
+        own = calibration_rows.read(plan, progress, calibration_data) if ranks.first else None
         rows = shares.rows(own, plan, ranks)
     if rows is None and not ranks.first:
         return {}  # the disk's work, which several ranks would not do faster
@@ -132,15 +133,18 @@ def quantize(
     if not ranks.first:
         return {}
     files = output.write_others(plan, folder, weights)
+    tensors = account(plan, folder, files).to_dict()
+    return {"data": calibration_rows.noted(rows), **_found(plan, finished.report), "files": files, "tensors": tensors}
+
+
+def _found(plan: Plan, report: Report) -> dict[str, Any]:
+    """What quantkit.json says of the layers."""
     return {
-        "data": _data(rows),
-        "kv_cache": kv_cache.span(plan.kv_scheme, finished.report.kv_scales),
-        "layers": finished.report.layers,
-        "folds": finished.report.folds,
-        "experts": finished.report.experts,
-        "memory": finished.report.memory,
-        "files": files,
-        "tensors": account(plan, folder, files).to_dict(),
+        "kv_cache": kv_cache.span(plan.kv_scheme, report.kv_scales),
+        "layers": report.layers,
+        "folds": report.folds,
+        "experts": report.experts,
+        "memory": report.memory,
     }
 
 
@@ -151,7 +155,9 @@ def _calibrated(run: Run, rows: calibration.Rows) -> None:
     progress.begin(len(plan.structure.blocks), "block", done=finished.blocks)
     with run.profile("embeddings"):
         if finished.written is None:
-            _write_outside(run)
+            run.progress.doing("embeddings")
+            writing.embeddings(plan, run.writer)
+            finished.outside(run.writer)
         batches = _to_blocks(run, rows) if left else []
     for block in left:
         progress.item(block.index + 1, block.name)
@@ -165,74 +171,6 @@ def _calibrated(run: Run, rows: calibration.Rows) -> None:
     for name in plan.skeleton.unknown:
         run.writer.write(name, plan.skeleton.checkpoint.read_finite(name))
     progress.end()
-
-
-def _rows(plan: Plan, progress: Progress, texts: Iterable[Any] | None = None) -> calibration.Rows | None:
-    """The calibration rows, or None for a method that needs none.
-
-    texts  take the place of the recipe's calibration.data
-    """
-    if not plan.needs_data:
-        if texts is not None:
-            progress.warn("calibration_data is not read: this method and scheme observe nothing")
-        return None
-    wanted = plan.recipe.calibration
-    if texts is None:
-        place = {key: getattr(wanted, key) for key in ("subset", "split", "revision", "column")}
-        source = calibration.open_source(wanted.data, **place)
-    else:
-        source = calibration.from_iterable(texts, wanted.column)
-    rows = calibration.pack_rows(
-        source,
-        tokenizer(plan.source, trust_remote_code=plan.recipe.trust_remote_code),
-        samples=wanted.samples,
-        length=wanted.length,
-        packing=wanted.packing,
-        min_tokens=wanted.min_tokens,
-        shuffle=wanted.shuffle,
-        chat_template=wanted.chat_template,
-        tokens=wanted.tokens,
-    )
-    vocabulary = plan.skeleton.model.get_input_embeddings().num_embeddings
-    if int(rows.ids_RL.max()) >= vocabulary:
-        raise InputError(
-            f"{plan.source.folder}: the tokenizer gives token {int(rows.ids_RL.max())}, but the model has only "
-            f"{vocabulary} embeddings; they do not belong together"
-        )
-    _tell(rows.report, source.name, max(x.shape[1] for x in plan.quantized), progress)
-    return rows
-
-
-def _tell(report: dict[str, Any], name: str, widest: int, progress: Progress) -> None:
-    """The data report in a few lines, with a warning where there are fewer rows or tokens than it takes."""
-    for line in calibration.said(report, name):
-        progress.say(line)
-    if report["rows"] < report["rows_wanted"]:
-        progress.warn(
-            f"calibration data {name} gives {report['rows']} rows of {report['length']} tokens, "
-            f"not the {report['rows_wanted']} that the recipe asks for"
-        )
-    if report["counted_tokens"] < 4 * widest:
-        progress.warn(
-            f"only {report['counted_tokens']:,} calibration tokens for layers of {widest} inputs; below {4 * widest:,} "
-            f"the statistics fit the calibration text more than the model, and {16 * widest:,} are better: raise "
-            "calibration.samples or length"
-        )
-
-
-def _data(rows: calibration.Rows | None) -> dict[str, Any] | None:
-    return None if rows is None else {"sha256": rows.sha256, **rows.report}
-
-
-def _write_outside(run: Run) -> None:
-    """Writes what is in no block."""
-    run.progress.doing("embeddings")
-    ghost = run.plan.skeleton
-    ghost.checkpoint.expect(run.plan.reading, 0)
-    for name in outside(ghost, run.plan.structure):
-        dtype = DTYPES[skeleton.spec_of(ghost, name).dtype]
-        run.writer.write(ghost.to_disk[name], ghost.read(name).to(dtype))
-    run.finished.outside(run.writer)
 
 
 def _to_blocks(run: Run, rows: calibration.Rows) -> list[blocks.Batch]:
@@ -282,9 +220,9 @@ def _block(run: Run, block: blocks.Block, batches: list[blocks.Batch]) -> None:
     names = run.plan.skeleton.parameters(block.name + ".")
     solved, peaks = run.fitting.attempt(block.name, batches, lambda: _rounded(run, block, names, batches))
     if peaks is not None:
-        _write_kv(run, block, peaks)
+        run.found.kv_scales |= writing.kv_cache(run.plan, run.writer, block, peaks)
     with run.profile("write"):
-        _write(run, names, solved)
+        writing.block(run.plan, run.writer, names, solved, run.dtype)
     if block.index + 1 < len(run.plan.structure.blocks):
         run.progress.doing("run with quantized weights")
         with run.profile("propagate"):
@@ -417,42 +355,3 @@ def _solve_each(run: Run, block: blocks.Block, seen: observation.Observed) -> li
         run.progress.doing(f"quantize {len(found) + 1}/{len(found) + len(tasks)}")
         found |= zip(places, solve.solve_many(run.plan, [tasks.pop(i) for i in places]), strict=True)
     return shares.exchange(stacks, found, run.ranks, run.device)
-
-
-def _write(run: Run, names: Sequence[str], solved: dict[str, solve.Solved]) -> None:
-    """Writes a block: codes of what was quantized, the rest as it is now. Leaves its parameters in the run's dtype."""
-    plan, ghost = run.plan, run.plan.skeleton
-    for found in solved.values():
-        layer = found.layer
-        assert layer.scheme is not None
-        for suffix, tensor in plan.format.pack(found.tensor, layer.scheme.activations, found.inputs).items():
-            run.writer.write(f"{layer.name}.{suffix}", tensor)
-    wholes = dict.fromkeys(whole(ghost, plan.linears, name) for name in names)
-    for disk in wholes:
-        if disk is not None:
-            run.writer.write(disk, ghost.whole(disk) if plan.rewrites else ghost.checkpoint.read(disk))
-    for name in names:
-        if name.removesuffix(".weight") in solved and name.endswith(".weight"):
-            continue
-        if plan.rewrites:
-            spec = skeleton.spec_of(ghost, name)
-            if whole(ghost, plan.linears, name) is None:
-                run.writer.write(ghost.to_disk[name], ghost.get(name).to(DTYPES[spec.dtype]))
-            if ghost.get(name).is_floating_point():
-                ghost.put(name, ghost.get(name).to(DTYPES[spec.dtype]).to(run.dtype))
-        elif whole(ghost, plan.linears, name) is None:
-            run.writer.write(ghost.to_disk[name], ghost.original(name))
-
-
-def _write_kv(run: Run, block: blocks.Block, peaks: kv_cache.Peaks) -> None:
-    """The scales of a block's keys and values, found before its weights are rounded."""
-    plan, scheme = run.plan, run.plan.kv_scheme
-    assert scheme is not None
-    attention = plan.caches[block.index]
-    try:
-        scales = peaks.scales(scheme.strategy, plan.skeleton.dtype)
-    except InputError as e:
-        raise InputError(f"{block.name}: {e}") from None
-    for leaf, tensor in formats.with_kv_cache(plan.format).pack_kv(*scales, scheme).items():
-        run.writer.write(f"{attention.name}.{leaf}", tensor)
-        run.found.kv_scales[leaf] += tensor.flatten().tolist()

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 
 from quantkit import blocks, observation, solve, streaming
-from quantkit.plan import Linear, Plan, outside
+from quantkit.linears import Linear
+from quantkit.plan import Plan, outside
 from quantkit.types import Stats
 
 DISK = 1 << 27  # bytes written and read back

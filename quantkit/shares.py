@@ -14,7 +14,8 @@ from quantkit import numerics
 from quantkit.blocks import Block
 from quantkit.calibration import Rows
 from quantkit.errors import InputError
-from quantkit.plan import Linear, Plan
+from quantkit.linears import Linear
+from quantkit.plan import Plan
 from quantkit.ranks import Ranks, assign
 from quantkit.shards import ShardWriter
 from quantkit.skeleton import Skeleton

@@ -16,8 +16,9 @@ import torch
 from quantkit import formats, integrity, numerics
 from quantkit.checkpoint import DTYPES, bits_per_weight
 from quantkit.errors import InputError
+from quantkit.linears import Linear
 from quantkit.numerics._activations import Magnitudes
-from quantkit.plan import Linear, Plan, short
+from quantkit.plan import Plan, short
 from quantkit.types import Notes, QParams, QuantizedTensor, Stats, TensorScheme
 from quantkit_kernels.gptq import available, products
 

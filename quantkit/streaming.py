@@ -22,7 +22,8 @@ import torch
 from quantkit import numerics, resuming, skeleton, solve
 from quantkit.checkpoint import DTYPES
 from quantkit.errors import InputError
-from quantkit.plan import Linear, Plan, outside, whole
+from quantkit.linears import Linear, whole
+from quantkit.plan import Plan, outside
 from quantkit.progress import Progress
 from quantkit.shards import ShardWriter
 from quantkit.types import Notes, QParams, QuantizedTensor, TensorScheme

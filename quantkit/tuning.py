@@ -10,7 +10,8 @@ from torch import nn
 from quantkit import blocks, observation, solve
 from quantkit.algorithms.autoround import Data, Stack
 from quantkit.errors import InputError
-from quantkit.plan import Linear, Plan
+from quantkit.linears import Linear
+from quantkit.plan import Plan
 from quantkit.progress import Progress
 from quantkit.ranks import ALONE, Ranks
 from quantkit.types import Notes, QParams, Stats

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from quantkit import calibration, pipeline
+from quantkit import calibration, calibration_rows
 from quantkit import plan as planning
 from quantkit.errors import InputError
 from quantkit.hub import resolve
@@ -418,7 +418,7 @@ def test_every_key_of_the_recipe_reaches_the_rows(tmp_path, embedded):
     settings = {"packing": "document", "min_tokens": 45, "shuffle": 3, "tokens": "assistant", "column": "chat"}
     recipe = settled(data=str(tmp_path / "a.jsonl"), **settings)
     progress = Told()
-    rows = pipeline._rows(planning.make(recipe), progress)
+    rows = calibration_rows.read(planning.make(recipe), progress)
     source = calibration.open_source(str(tmp_path / "a.jsonl"), column="chat")
     options: dict[str, Any] = {key: value for key, value in settings.items() if key != "column"}
     expected = calibration.pack_rows(source, embedded, samples=4, length=64, **options)
@@ -429,7 +429,7 @@ def test_every_key_of_the_recipe_reaches_the_rows(tmp_path, embedded):
     assert (
         f"{rows.report['counted_tokens']:,} tokens are the assistant's" in said and "% of the rows is padding" in said
     )
-    data = pipeline._data(rows)
+    data = calibration_rows.noted(rows)
     assert data is not None and json.loads(json.dumps(data)) == data
     assert data["sha256"] == rows.sha256 and data["source"]["files"][0]["bytes"] > 100
     assert progress.warnings == [
@@ -441,24 +441,24 @@ def test_every_key_of_the_recipe_reaches_the_rows(tmp_path, embedded):
 def test_texts_from_python_take_the_place_of_the_recipes():
     progress = Told()
     texts = [f"Text number {i} speaks of the number {i}. " * 9 for i in range(5)]
-    rows = pipeline._rows(planning.make(settled()), progress, iter(texts))
+    rows = calibration_rows.read(planning.make(settled()), progress, iter(texts))
     assert rows is not None and rows.report["source"] == {"kind": "python", "data": "python:iterable"}
     assert progress.lines[0] == "calibration: 256 tokens in 4 rows of 64 from python:iterable"
     assert progress.lines[1].startswith("documents: 2 read, then the rows were full; 2 kept, 0 cut; ")
-    few = pipeline._rows(planning.make(settled()), progress, texts[:1])
+    few = calibration_rows.read(planning.make(settled()), progress, texts[:1])
     assert few is not None and any("gives 2 rows of 64 tokens, not the 4" in line for line in progress.warnings)
 
 
 def test_texts_from_python_for_a_method_that_reads_none():
     recipe = Recipe.from_any({**settled().to_dict(), "method": {"rtn": {"scale_search": "absmax"}}})
     progress = Told()
-    assert pipeline._rows(planning.make(recipe), progress, ["a"]) is None
+    assert calibration_rows.read(planning.make(recipe), progress, ["a"]) is None
     assert progress.warnings == ["calibration_data is not read: this method and scheme observe nothing"]
 
 
 def test_a_recipe_of_texts_from_python_cannot_be_run_again_without_them():
     with pytest.raises(InputError, match="came from Python; give them again with calibration_data"):
-        pipeline._rows(planning.make(settled(data=calibration.PYTHON)), Silent())
+        calibration_rows.read(planning.make(settled(data=calibration.PYTHON)), Silent())
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import quantkit
-from quantkit import numerics, pipeline
+from quantkit import calibration_rows, numerics
 from quantkit import plan as planning
 from quantkit.errors import InputError
 from quantkit.numerics._activations import Magnitudes
@@ -28,7 +28,7 @@ CHOICES = ("absmax", "percentile", "mse")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One token of the calibration rows, which occurs once, has an outlier: there the choices differ."""
     folder = tiny.save(tmp_path_factory.mktemp("models") / "model")
-    rows = pipeline._rows(planning.make(recipe(folder, "FP8", "mse")), quantkit.progress.Silent())
+    rows = calibration_rows.read(planning.make(recipe(folder, "FP8", "mse")), quantkit.progress.Silent())
     assert rows is not None
     tokens, counts = rows.ids_RL.unique(return_counts=True)
     tensors = load_file(folder / "model.safetensors")
@@ -51,7 +51,7 @@ def recipe(model: Path, scheme: Any, rule: str) -> Recipe:
 
 def inputs(model: Path, settled: Recipe) -> torch.Tensor:
     """All that the first block's projections see, padding left out, float32 (tokens, K)."""
-    rows = pipeline._rows(planning.make(settled), quantkit.progress.Silent())
+    rows = calibration_rows.read(planning.make(settled), quantkit.progress.Silent())
     assert rows is not None
     dense = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     seen: list[torch.Tensor] = []

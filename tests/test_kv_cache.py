@@ -18,7 +18,7 @@ from transformers.quantizers.quantizer_compressed_tensors import CompressedTenso
 from transformers.utils.quantization_config import CompressedTensorsConfig
 
 import quantkit
-from quantkit import blocks, calibration, estimate, kv_cache, output, pipeline
+from quantkit import blocks, calibration, calibration_rows, estimate, kv_cache, output
 from quantkit import plan as planning
 from quantkit.checkpoint import Checkpoint
 from quantkit.errors import InputError
@@ -61,7 +61,7 @@ class Recording(DynamicCache):
 
 def brute_force(model: Path, settled: Recipe, *, masked: bool = True) -> list[list[torch.Tensor]]:
     """[layer][k, v]: the largest magnitude of each head, from the whole dense model."""
-    rows = pipeline._rows(planning.make(settled), quantkit.progress.Silent())
+    rows = calibration_rows.read(planning.make(settled), quantkit.progress.Silent())
     assert rows is not None
     dense = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     found: list[list[torch.Tensor]] = []

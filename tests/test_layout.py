@@ -59,6 +59,7 @@ LAYERS = (
     ),
     ("quantkit.recipe",),
     (
+        "quantkit.linears",
         "quantkit.plan",
         "quantkit.pinning",
         "quantkit.hardware",
@@ -74,6 +75,8 @@ LAYERS = (
         "quantkit.solve",
         "quantkit.shares",
         "quantkit.tuning",
+        "quantkit.calibration_rows",
+        "quantkit.writing",
         "quantkit.pipeline",
         "quantkit.streaming",
         "quantkit.fitting",

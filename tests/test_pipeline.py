@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import quantkit
-from quantkit import formats, hub, numerics, output, pipeline
+from quantkit import calibration_rows, formats, hub, numerics, output, pipeline
 from quantkit import plan as planning
 from quantkit.checkpoint import Checkpoint
 from quantkit.errors import GateError, InputError, MissingError, QuantkitError
@@ -115,7 +115,7 @@ def test_the_next_block_sees_the_decoded_weights(tmp_path):
         for name, w in quantized_layers(tmp_path / "out").items():
             if name.startswith("model.layers.0."):
                 model.get_parameter(name + ".weight").copy_(w.bfloat16().float())
-    rows = pipeline._rows(plan, quantkit.progress.Silent())
+    rows = calibration_rows.read(plan, quantkit.progress.Silent())
     grams = []
     model.model.layers[1].self_attn.q_proj.register_forward_pre_hook(lambda _, x: grams.append(x[0].reshape(-1, 64)))
     assert rows is not None

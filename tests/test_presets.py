@@ -168,9 +168,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def absmax(model: Path, recipe: Recipe) -> dict[str, float]:
     """The largest |x| that each linear of the original sees on the calibration rows; exact for the first block."""
-    from quantkit import pipeline
+    from quantkit import calibration_rows
 
-    rows = pipeline._rows(planning.make(recipe), quantkit.progress.Silent())
+    rows = calibration_rows.read(planning.make(recipe), quantkit.progress.Silent())
     assert rows is not None
     original = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     seen: dict[str, float] = {}

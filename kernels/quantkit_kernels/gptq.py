@@ -32,70 +32,13 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 
-from quantkit_kernels import _numbers
+from quantkit_kernels._gptq_problem import Problem, Tuning, ordered, pieces, problem_of
 from quantkit_kernels.scales import stored_name
 
 REFIT_SPANS = (16, 32, 64, 128)  # widths of a group whose scales one kernel refits; others go by matrix products
-
-
-@dataclass(frozen=True)
-class Tuning:
-    """panel, block: columns a large product, a kernel; rows, sub: rows of a program, columns in its registers."""
-
-    panel: int = 1024
-    block: int = 128
-    rows: int = 32
-    sub: int = 16
-    warps: int = 4
-    refit_rows: int = 16
-    refit_warps: int = 4
-    unroll: int = 8
-
-
-@dataclass
-class _Problem:
-    """What the steps share, on one device, with strides that the kernels take. Rows of all problems lie together."""
-
-    count: int  # of problems
-    w: torch.Tensor  # (B N, K)
-    codes: torch.Tensor  # int8, whatever they stand for
-    scale: torch.Tensor  # (N, G) float32
-    zero: torch.Tensor | None
-    span: int
-    number: _numbers.Number
-    tuning: Tuning
-    group: torch.Tensor  # (K,) int64, the scale of each column; (B, K) where problems have orders of their own
-
-    @property
-    def rows(self) -> int:
-        """Rows of one problem."""
-        return self.w.shape[0] // self.count
-
-    def spread(self, columns: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        """Scale and zero point of each of some columns, side by side; without zero points the scale twice."""
-        scale = self._spread(self.scale, columns)
-        return scale, scale if self.zero is None else self._spread(self.zero, columns)
-
-    def _spread(self, t: torch.Tensor, columns: slice) -> torch.Tensor:
-        if self.group.ndim == 1:
-            return t.index_select(1, self.group[columns])
-        return self.by_problem(t).gather(2, self.group[:, None, columns].expand(-1, self.rows, -1)).flatten(0, 1)
-
-    def by_problem(self, t: torch.Tensor) -> torch.Tensor:
-        """Rows of all problems -> (B, N, ...), without copying."""
-        return t.unflatten(0, (self.count, self.rows))
-
-    def product(self, a: torch.Tensor, b_BKL: torch.Tensor, base: torch.Tensor | None = None) -> torch.Tensor:
-        """a b of each problem, plus `base`."""
-        if self.count == 1:
-            return a @ b_BKL[0] if base is None else torch.addmm(base, a, b_BKL[0])
-        a = self.by_problem(a)
-        found = a @ b_BKL if base is None else torch.baddbmm(self.by_problem(base), a, b_BKL)
-        return found.flatten(0, 1)
 
 
 def available(device: torch.device | str) -> bool:
@@ -121,25 +64,25 @@ def ldlq(
     order_K    (K,) int64, the order in which columns are decided; None as stored
     Raises ValueError for shapes that do not belong together.
     """
-    problem = _problem(w_NK, None, scale_NG, zero_NG, factor_KK, number, span, tuning or Tuning())
+    problem = problem_of(w_NK, None, scale_NG, zero_NG, factor_KK, number, span, tuning or Tuning())
     if order_K is not None:
-        problem.w = _ordered(problem, problem.w, order_K)
+        problem.w = ordered(problem, problem.w, order_K)
         problem.group = problem.group[order_K]
     w, block = problem.w, problem.tuning.block
     factor = factor_KK.contiguous().view(problem.count, w.shape[1], -1)  # Cholesky's columns lie side by side
     delta = torch.empty_like(w)
     with products(allow_tf32):
-        for left, right in _pieces(0, w.shape[1], problem.tuning.panel):
+        for left, right in pieces(0, w.shape[1], problem.tuning.panel):
             target = w[:, left:right]
             if left:
                 target = problem.product(delta[:, :left], factor[:, :left, left:right], target)
             spread = problem.spread(slice(left, right))
-            for start, stop in _pieces(left, right, block):
+            for start, stop in pieces(left, right, block):
                 sums = target[:, start - left : stop - left]
                 if start > left:
                     sums = problem.product(delta[:, left:start], factor[:, left:start, start:stop], sums)
                 _columns(problem, left, start, stop, spread, sums, factor, delta[:, start:stop], None)
-    found = problem.codes if order_K is None else _ordered(problem, problem.codes, torch.argsort(order_K, -1))
+    found = problem.codes if order_K is None else ordered(problem, problem.codes, torch.argsort(order_K, -1))
     return found.view(w_NK.shape).view(problem.number.dtype)
 
 
@@ -165,7 +108,7 @@ def refine(
                 in, to which candidates are rounded; a new scale keeps its sign
     Raises ValueError for shapes that do not belong together.
     """
-    problem = _problem(w_NK, codes_NK, scale_NG, zero_NG, hessian_KK, number, span, tuning or Tuning())
+    problem = problem_of(w_NK, codes_NK, scale_NG, zero_NG, hessian_KK, number, span, tuning or Tuning())
     if refit:
         stored_name(scale_NG.dtype)  # raises
         if scale_NG.shape[-2] != w_NK.shape[-2]:
@@ -184,14 +127,14 @@ def refine(
     return problem.codes.view(w_NK.shape).view(problem.number.dtype), scale
 
 
-def _over_blocks(p: _Problem, hessian: torch.Tensor, delta: torch.Tensor, refit: torch.dtype | None) -> None:
+def _over_blocks(p: Problem, hessian: torch.Tensor, delta: torch.Tensor, refit: torch.dtype | None) -> None:
     """One pass over all columns, `delta` kept up to date: new scales with `refit`, else new codes."""
     k = p.w.shape[1]
-    for left, right in _pieces(0, k, p.tuning.panel):
+    for left, right in pieces(0, k, p.tuning.panel):
         panel = p.product(delta, hessian[:, :, left:right])
         changed = torch.empty_like(panel)  # what this pass has added to delta in this panel
         spread = p.spread(slice(left, right)) if refit is None else None
-        for start, stop in _pieces(left, right, p.tuning.block):
+        for start, stop in pieces(left, right, p.tuning.block):
             here = slice(start - left, stop - left)
             gradient = panel[:, here]
             if start > left:
@@ -203,7 +146,7 @@ def _over_blocks(p: _Problem, hessian: torch.Tensor, delta: torch.Tensor, refit:
 
 
 def _columns(
-    p: _Problem,
+    p: Problem,
     left: int,
     start: int,
     stop: int,
@@ -256,7 +199,7 @@ def _columns(
 
 
 def _refit(
-    p: _Problem,
+    p: Problem,
     start: int,
     stop: int,
     gradient: torch.Tensor,
@@ -305,10 +248,10 @@ def _refit(
         )
 
 
-def _refit_byproducts(p: _Problem, hessian: torch.Tensor, delta: torch.Tensor, dtype: torch.dtype) -> None:
+def _refit_byproducts(p: Problem, hessian: torch.Tensor, delta: torch.Tensor, dtype: torch.dtype) -> None:
     """Scales of groups of any width, a row's only one for instance: two matrix products a group."""
     k = p.w.shape[1]
-    for j, (start, stop) in enumerate(_pieces(0, k, p.span)):
+    for j, (start, stop) in enumerate(pieces(0, k, p.span)):
         part = slice(start, stop)
         c = _residual(p, part, elements=True)
         slope = (c * p.product(delta, hessian[:, :, part])).sum(1)
@@ -321,68 +264,7 @@ def _refit_byproducts(p: _Problem, hessian: torch.Tensor, delta: torch.Tensor, d
         delta[:, part] -= torch.where(better, step, torch.zeros_like(step))[:, None] * c
 
 
-def _pieces(start: int, stop: int, size: int) -> list[tuple[int, int]]:
-    """[start, stop) in pieces of `size`, the last one shorter."""
-    return [(left, min(left + size, stop)) for left in range(start, stop, size)]
-
-
-def _ordered(p: _Problem, t: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
-    """The columns of each problem's rows in its order: (K,), or (B, K)."""
-    if order.ndim == 1:
-        return t.index_select(1, order)
-    return p.by_problem(t).gather(2, order[:, None].expand(-1, p.rows, -1)).flatten(0, 1)
-
-
-def _rows(t: torch.Tensor, n: int) -> torch.Tensor:
-    """One row of scales a row of the weight, float32, each row's side by side; rows that share them share memory.
-
-    Those of several problems, (B, N or 1, G), on top of each other.
-    """
-    t = t.float().contiguous()
-    return t.expand(n, -1) if t.ndim == 2 else t.expand(-1, n, -1).reshape(-1, t.shape[-1])
-
-
-def _problem(
-    w: torch.Tensor,
-    codes: torch.Tensor | None,
-    scale: torch.Tensor,
-    zero: torch.Tensor | None,
-    matrix: torch.Tensor,
-    number: str,
-    span: int,
-    tuning: Tuning,
-) -> _Problem:
-    """Checks shapes and dtypes before they can be read wrongly. Raises ValueError with the measured ones."""
-    (n, k), front = w.shape[-2:], tuple(w.shape[:-2])
-    if w.dtype != torch.float32 or matrix.dtype != torch.float32 or tuple(matrix.shape) != (*front, k, k):
-        raise ValueError(
-            f"w is {w.dtype} {tuple(w.shape)}, the matrix {matrix.dtype} {tuple(matrix.shape)}; "
-            f"expected float32 (N, K) and (K, K)"
-        )
-    if span < 1 or tuple(scale.shape) not in (
-        (*front, n, -(-k // span)),
-        (*front, 1, -(-k // span)),
-    ):
-        raise ValueError(
-            f"scales are {tuple(scale.shape)}; {k} columns, {span} a scale, need ({n} or 1, {-(-k // max(span, 1))})"
-        )
-    if zero is not None and zero.shape != scale.shape:
-        raise ValueError(f"zero points are {tuple(zero.shape)}, scales {tuple(scale.shape)}")
-    form = _numbers.get(number)
-    if codes is None:
-        work = torch.empty(w.shape, dtype=torch.int8, device=w.device)
-    elif codes.dtype != form.dtype or codes.shape != w.shape:
-        raise ValueError(f"codes are {codes.dtype} {tuple(codes.shape)}; {number} has {form.dtype} {tuple(w.shape)}")
-    else:
-        work = codes.contiguous().view(torch.int8).clone()
-    fine = _rows(scale, n)
-    group = torch.arange(k, device=w.device) // span
-    shift = None if zero is None else _rows(zero, n)
-    count, flat = (front or (1,))[0], w.contiguous().view(-1, k)
-    return _Problem(count, flat, work.view(-1, k), fine, shift, span, form, tuning, group)
-
-
-def _residual(p: _Problem, part: slice, elements: bool = False) -> torch.Tensor:
+def _residual(p: Problem, part: slice, elements: bool = False) -> torch.Tensor:
     """w - decoded of some columns; with `elements` the codes less their zero points, before their scale."""
     from quantkit_kernels import _columns as kernels
 
@@ -390,7 +272,7 @@ def _residual(p: _Problem, part: slice, elements: bool = False) -> torch.Tensor:
     n = p.w.shape[0]
     out = torch.empty(n, last - first, dtype=torch.float32, device=p.w.device)
     rows, width = 8, 256
-    for left, right in _pieces(first, last, p.tuning.panel):
+    for left, right in pieces(first, last, p.tuning.panel):
         w, codes, here = p.w[:, left:right], p.codes[:, left:right], out[:, left - first : right - first]
         scale, zero = p.spread(slice(left, right))
         with torch.cuda.device_of(w):

@@ -21,11 +21,12 @@ from typing import Any
 
 import torch
 
-from quantkit import calibration, estimate, hub, pipeline
+from quantkit import calibration, calibration_rows, estimate, hub
 from quantkit import plan as planning
 from quantkit.allocation import knapsack, losses, sensitivity
 from quantkit.allocation.candidates import Outline, outline
 from quantkit.allocation.sensitivity import Measured
+from quantkit.linears import Linear
 from quantkit.progress import Progress, Silent
 from quantkit.recipe import Recipe
 
@@ -76,7 +77,7 @@ def _rows(found: Outline, texts: Iterable[Any] | None) -> calibration.Rows:
         wanted = recipe.calibration.model_copy(update={"samples": auto.rows, "length": auto.length})
     method = losses.GPTQ  # one that reads data, whatever the recipe's own does
     asks = replace(found.plan, recipe=recipe.model_copy(update={"method": method, "calibration": wanted}))
-    rows = pipeline._rows(asks, Silent(), texts)
+    rows = calibration_rows.read(asks, Silent(), texts)
     assert rows is not None
     return rows
 
@@ -221,5 +222,5 @@ def describe(recipe: Recipe) -> dict[str, Any]:
     return {**base, "facts": facts, "table": table, "warnings": [*found.warnings, *base["warnings"]]}
 
 
-def _linears(found: Outline) -> Iterable[planning.Linear]:
+def _linears(found: Outline) -> Iterable[Linear]:
     return (found.plan.linears[x.module] for group in found.groups for x in group.layers)

@@ -23,7 +23,8 @@ from quantkit import formats, hub
 from quantkit import plan as planning
 from quantkit.checkpoint import DTYPES, bits_per_weight
 from quantkit.errors import InputError
-from quantkit.plan import Linear, Plan
+from quantkit.linears import Linear
+from quantkit.plan import Plan
 from quantkit.recipe import Recipe, Rule
 from quantkit.recipe.scheme import AutoScheme, RecipeScheme, SchemeSpec
 

@@ -21,8 +21,9 @@ from torch.nn.functional import linear
 
 from quantkit import blocks, solve
 from quantkit.errors import InputError
+from quantkit.linears import Linear
 from quantkit.numerics._activations import fake_quantize
-from quantkit.plan import Linear, Plan
+from quantkit.plan import Plan
 from quantkit.recipe.named import Method
 from quantkit.types import QParams, Scheme, Stats
 
