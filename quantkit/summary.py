@@ -15,6 +15,7 @@ from quantkit.errors import InputError
 from quantkit.output import SUMMARY
 
 Count = Annotated[int, Field(ge=0, lt=2**63)]
+Some = Annotated[int, Field(ge=1, lt=2**63)]
 Plain = dict[str, Any]
 
 
@@ -73,7 +74,8 @@ class _Comparison(_Part):
     perplexity_original: float
     perplexity_ratio: float
     top1_agreement: float
-    windows: Count
+    windows: Some
+    tokens: Count
 
 
 class _Validation(_Part):
