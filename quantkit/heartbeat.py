@@ -84,6 +84,7 @@ class Heartbeat:
         # Said here and now: the launcher is about to end this process too.
         if self._claim(LOST):
             _say(f"{LOST}; {AGAIN} ({why})")
+        time.sleep(2 * EVERY)  # a launcher shows who ended first: that is to be the one that is gone
         raise SystemExit(MissingError.exit_code)
 
     def _reason(self) -> dict[str, Any] | None:

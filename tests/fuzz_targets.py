@@ -434,7 +434,7 @@ def summary(m: Mutator, beds: Beds) -> None:
 def _summary() -> dict[str, Any]:
     settings = {"model": "builtin:pydocs-llama-7m", "scheme": "W4A16", "method": "rtn"}
     measured: dict[str, Any] = dict.fromkeys(("kl", "kl_stderr", "perplexity", "top1_agreement"), 1.0)
-    measured |= {"perplexity_original": 1.0, "perplexity_ratio": 1.0, "windows": 4}
+    measured |= {"perplexity_original": 1.0, "perplexity_ratio": 1.0, "windows": 4, "tokens": 1024}
     layer = {"name": "model.layers.0.self_attn.q_proj", "relative_error": 0.1, "bits_per_weight": 4.1, "mark": 0.5}
     return {
         "status": "passed",

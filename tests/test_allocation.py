@@ -150,7 +150,7 @@ def test_layers_that_engines_fuse_by_name_are_together_when_inputs_tell_nothing(
     llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wanted = [g.name for g in candidates.outline(recipe(llama)).groups]
-    alone = lambda model, linears: ([[name] for name in linears], ("not found out",))  # noqa: E731
+    alone = lambda model, linears: ([[name] for name in linears], set(linears), ("not found out",))  # noqa: E731
     monkeypatch.setattr(blocks, "_shared_inputs", alone)
     assert sorted(g.name for g in candidates.outline(recipe(llama)).groups) == sorted(wanted)
 

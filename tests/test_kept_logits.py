@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import math
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -224,9 +226,8 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_one_after_the_other_measures_the_same(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded: list[weakref.ref[Any]] = []
-    whole = validation._load
 
-    def alone(*args: Any) -> Any:
+    def alone(whole: Callable[..., Any], *args: Any) -> Any:
         assert all(model() is None for model in loaded), "the other model is still in memory"
         model = whole(*args)
         loaded.append(weakref.ref(model))
@@ -236,7 +237,8 @@ def test_one_after_the_other_measures_the_same(out: Path, monkeypatch: pytest.Mo
     assert beside["side_by_side"] is True and beside["kl_bounds"] is None
     assert beside["data"] == "builtin:pydocs-heldout"
     progress = Listening()
-    monkeypatch.setattr(validation, "_load", alone)
+    for name in ("_load", "_original"):
+        monkeypatch.setattr(validation, name, functools.partial(alone, getattr(validation, name)))
     quantkit.validate(out, side_by_side=False, progress=progress)
     assert len(loaded) == 2
     after = json.loads((out / output.SUMMARY).read_text())["validation"]

@@ -13,6 +13,7 @@ from library_checkpoints import pack_folder, random_model
 from lint_checkpoints import ALL, LAYER, Checkpoints, Tensors, errors, says
 from safetensors.torch import load_file
 
+import quantkit
 from quantkit import lint
 from quantkit.hub import resolve
 from quantkit.presets import PRESETS
@@ -76,3 +77,11 @@ def test_0_d_scales_of_experts_cannot_be_stacked(made: Checkpoints) -> None:
     assert says(folder, "scale_shapes") == set()
     folder = made.copy(folder, tensors=lambda t: t.update({name: t[name].reshape(())}))
     assert says(folder, "scale_shapes") == ALL
+
+
+def test_what_vllm_makes_of_gpt_oss(tmp_path: Path) -> None:
+    scheme = {"weights": {"number": "int4", "strategy": "group", "group_size": 16}}
+    recipe = {"model": str(tiny.save(tmp_path / "model", "gpt-oss")), "scheme": scheme, "method": "rtn"}
+    out = quantkit.quantize({**recipe, "validate": "none"}, out=tmp_path / "out").out
+    said = [f for f in lint.folder(out, ["vllm"]) if f.rule == "experts_of_gpt_oss"]
+    assert [f.level for f in said] == ["warning"] and "experts.0.down_proj and 23 more" in said[0].where

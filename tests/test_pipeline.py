@@ -424,7 +424,7 @@ def test_fingerprint_tells_models_apart(tmp_path):
     assert prints[0] == prints[1] != prints[2]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_real_interrupt_ends_the_command_with_130_and_the_same_command_goes_on(number, tmp_path):
     folder = tiny.save(tmp_path / "model", num_hidden_layers=8)
     text = (
