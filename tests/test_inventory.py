@@ -14,7 +14,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import quantkit
-from quantkit import api, inspection, inventory, lint
+from quantkit import estimate, inspection, inventory, lint
 from quantkit import plan as planning
 from quantkit.errors import InputError
 from quantkit.recipe import Recipe
@@ -131,7 +131,8 @@ def test_what_the_index_does_not_name_is_dropped_and_said(tmp_path: Path) -> Non
 def test_a_plan_shows_what_becomes_of_the_tensors(tmp_path: Path) -> None:
     def said(kind: str, **changes: Any) -> str:
         folder = tiny.save(tmp_path / kind, kind)
-        return dict(api.describe(Recipe.from_any(recipe(folder, **changes)))["facts"])["tensors"]
+        plan = planning.make(Recipe.from_any(recipe(folder, **changes)))
+        return dict(estimate.describe(plan, rehearse=False)["facts"])["tensors"]
 
     assert said("llama") == "21: 14 quantized, 7 copied"
     assert said("gpt-oss") == "37: 12 quantized, 21 copied, 4 apart"
