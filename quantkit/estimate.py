@@ -17,7 +17,7 @@ import torch
 
 from quantkit import inventory, lint, rehearsal, room, skeleton, solve, streaming
 from quantkit.checkpoint import DTYPES, nbytes
-from quantkit.hidden import SHARE
+from quantkit.hidden import LARGE, SHARE
 from quantkit.linears import Linear
 from quantkit.plan import Plan, described, outside, short
 from quantkit.progress import duration
@@ -50,13 +50,15 @@ def memory(plan: Plan, device: torch.device, *, place: str | None = None) -> Mem
     size = 4 if device.type == "cpu" else plan.skeleton.dtype.itemsize
     held = rehearsal.hidden_bytes(plan, device)
     phases = _phases(plan, size)
-    parts = {"this process": base, "hidden states": held, **phases}
+    kept = held * 2 // 3 if plan.carries_dense else held
+    copy = kept if kept >= LARGE else 0  # on the way to the disk, while the next block is computed
+    parts = {"this process": base, "hidden states": held, "their copy for the disk": copy, **phases}
     work = max(phases["embeddings and head"], phases["one block"] + phases["one block's work"])
     if device.type == "cpu":
-        return Memory(base + held + work, 0, parts)
+        return Memory(base + held + copy + work, 0, parts)
     place = place or hidden_place(plan, device)
     largest = max(nbytes(spec) for spec in plan.skeleton.checkpoint.specs.values())
-    host = base + 2 * largest + (held if place == "host" else 0)
+    host = base + copy + 2 * largest + (held if place == "host" else 0)
     return Memory(host, work + (held if place == "device" else held // _batches(plan)), parts)
 
 

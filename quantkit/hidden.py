@@ -24,6 +24,7 @@ from quantkit.ranks import ALONE, Parcel, Ranks
 from quantkit.shards import ShardWriter
 from quantkit.types import TensorSpec
 
+LARGE = 64 << 20  # bytes of all of them from which on a thread makes them durable
 SHARE = 0.25  # of the GPU memory that is free: what hidden states may take of it
 KEPT = ("hidden", "dense")
 WHOLE = 1 << 62  # bytes a shard: all in one file
@@ -50,6 +51,37 @@ def _stay(x: torch.Tensor) -> torch.Tensor:
 def to_host(x: torch.Tensor) -> torch.Tensor:
     """A copy in page-locked memory of the host, which a GPU reads and writes without waiting."""
     return torch.empty(x.shape, dtype=x.dtype, pin_memory=torch.cuda.is_available()).copy_(x)
+
+
+def settle(device: torch.device | str) -> None:
+    """Returns when copies to the host that a GPU was told to make are there: they are not waited for otherwise."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def size(batches: Sequence[Batch]) -> int:
+    """Bytes of what is kept of batches."""
+    return sum(x.nbytes for batch in batches for x in _tensors(batch, ALONE, "cpu"))
+
+
+def snapshot(batches: Sequence[Batch], device: torch.device | str, room: Sequence[Batch] = ()) -> list[Batch]:
+    """Batches for `save` alone, with the hidden states as they are now, whatever becomes of them; on the host.
+
+    device  where blocks are computed: on the CPU each gives new tensors, so nothing is copied
+    room    an earlier snapshot that is not needed any more, of which the memory is used again
+    """
+    if torch.device(device).type == "cpu":
+        return [Batch(b.hidden, b.mask, [], b.dense) for b in batches]
+    found = []
+    for i, batch in enumerate(batches):
+        old = _tensors(room[i], ALONE, "cpu") if i < len(room) else []
+        kept = _tensors(batch, ALONE, "cpu")
+        same = len(old) == len(kept) and all(
+            x.shape == y.shape and x.dtype == y.dtype for x, y in zip(old, kept, strict=True)
+        )
+        copies = [y.copy_(x) for x, y in zip(kept, old, strict=True)] if same else [to_host(x) for x in kept]
+        found.append(Batch(copies[0], batch.mask, [], copies[1] if len(copies) > 1 else None))
+    return found
 
 
 def save(

@@ -5,7 +5,8 @@
     for each block         load it; observe each distinct input of its linears; fold scales, where the recipe has
                            transforms; round each weight once; write it; put the decoded weights in its place and run
                            it again, so that the next block sees what it will see in production; make it durable:
-                           its tensors, then the hidden states, then the journal's record of it
+                           its tensors, then the hidden states, then the journal's record of it; where they are large
+                           a thread does so while the next block is computed
     finish                 the rest of the tensors, config.json, every other file of the source
 
 What needs no calibration goes from shard to shard instead (`streaming`), finished block by block all the same.
@@ -17,6 +18,7 @@ the output is good: that is for validation, after a reload from disk.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -117,7 +119,9 @@ def quantize(
     writer = ShardWriter(folder, plan.specs, size, shards, finished.written) if ranks.first else shares.Nowhere()
     fitting = Fitting(plan.recipe.calibration.batch_size, hidden.to_host, progress, ranks.alone)
     run = Run(plan, writer, device, dtype, progress, timed, ranks, finished, fitting)
-    try:
+    with ExitStack() as ends:
+        ends.callback(writer.abort)
+        ends.enter_context(finished)
         if finished.blocks:
             progress.say(finished.told(len(plan.structure.blocks)))
             progress.warnings += finished.report.warnings
@@ -128,8 +132,6 @@ def quantize(
             _calibrated(run, rows)
         with timed("write"):
             weights = writer.close()
-    finally:
-        writer.abort()
     if not ranks.first:
         return {}
     files = output.write_others(plan, folder, weights)
@@ -258,6 +260,7 @@ def _rounded(
 
 def _run_on(run: Run, block: blocks.Block, batches: list[blocks.Batch]) -> None:
     """The hidden states after a block, batch by batch; those that are through stay so when memory runs out."""
+    run.finished.leave()
     module = run.plan.skeleton.model.get_submodule(block.name)
     done: list[blocks.Batch] = []
     left = list(batches)

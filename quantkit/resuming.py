@@ -2,21 +2,26 @@
 
 A block is finished in this order, each step durable before the next: its tensors in the shards, the hidden states
 before the next block, the journal's record, which has the checksums of both and what quantkit.json says of the block.
+Where the hidden states are large, a thread does so while the next block is computed. Blocks that are done before the
+thread is wait for it, in memory, and are then finished together by one record, with the hidden states after the last
+of them. So a run that is killed does these again; one that ends in any other way makes them durable first.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
 
 from quantkit import hidden, output
+from quantkit.background import Background
 from quantkit.blocks import Batch
-from quantkit.errors import InputError
+from quantkit.errors import InputError, Interrupted
 from quantkit.journal import Journal, exists
 from quantkit.progress import Progress
 from quantkit.ranks import ALONE, Ranks
@@ -47,6 +52,34 @@ class Report:
             self.kv_scales[side] += found
 
 
+@dataclass(frozen=True)
+class Waiting:
+    """Blocks that are done and not durable; replaced as a whole, so that an interrupt finds it as it was or will be.
+
+    tensors  checksums of what they wrote; report: what quantkit.json says of them
+    blocks   how many are done with the last of them, from the first on
+    batches  with the hidden states after it; None once these are gone. number: of batches
+    """
+
+    writer: ShardWriter
+    tensors: dict[str, int]
+    report: Report
+    blocks: int
+    batches: Sequence[Batch] | None
+    number: int
+
+    @property
+    def there(self) -> bool:
+        """Whether the hidden states can be saved still. Batches that were cut since are not those of the report."""
+        return self.batches is not None and len(self.batches) == self.number
+
+
+def count(journal: Journal) -> int:
+    """How many blocks of the pass that a journal is at are finished, from the first on."""
+    records = journal.current("block")
+    return records[-1]["index"] + 1 if records else 0
+
+
 @contextmanager
 def journaled(
     folder: Path, identity: Mapping[str, Any], *, fresh: bool, progress: Progress
@@ -67,7 +100,7 @@ def journaled(
     except BaseException:
         if any(record["kind"] in ("allocation", "pass", "block") for record in journal.records):
             progress.say(
-                f"{folder}: keeps what is finished, {len(journal.current('block'))} blocks; the same command goes on "
+                f"{folder}: keeps what is finished, {count(journal)} blocks; the same command goes on "
                 "from there, with --fresh it starts over, and removing the folder gives it up"
             )
         else:
@@ -80,6 +113,8 @@ def journaled(
 class Finished:
     """What is finished of the pass that a journal is at. Without a journal nothing is kept on disk.
 
+    A context manager: at its end, whatever the reason, what is done is durable as far as its hidden states are there.
+
     ranks, device  who else works on it, and where; rank 0 alone has a journal, all call `block` and `load`
     blocks         how many are finished, from the first on; report: of them
     """
@@ -91,8 +126,27 @@ class Finished:
         self._outside = journal.current("outside") if journal else []
         for record in self._records:
             self.report.add(Report(**record["report"]))
-        self.blocks, self._durable = ranks.told((len(self._records), journal is not None))
-        self._begun = self.blocks
+        self.blocks, self._durable = ranks.told((count(journal) if journal else 0, journal is not None))
+        self._begun = self._named = self.blocks
+        self._waiting: Waiting | None = None
+        self._background, self._room = Background(), list[Batch]()
+
+    def __enter__(self) -> Finished:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        try:
+            self._background.wait()
+            if self._waiting is not None and self._waiting.there:
+                self._save(self._waiting, self._waiting.batches or ())
+        except Exception:
+            if kind is None or issubclass(kind, Interrupted):
+                raise
+            # Otherwise the first error is told; what is not durable is not in the journal.
+        finally:
+            self._background.close()
 
     def told(self, total: int) -> str:
         """Where a run of `total` blocks goes on."""
@@ -129,21 +183,62 @@ class Finished:
     def block(
         self, writer: ShardWriter, report: Report, batches: Sequence[Batch] = (), names: Iterable[str] | None = None
     ) -> None:
-        """The next block was written: makes it durable.
+        """The next block was written: makes it durable, or has a thread do so.
 
         batches  with the hidden states after it; none where the block after it needs none
         names    of its tensors on disk; None: all that were written since the block before it
+        Raises what the thread met since the last call.
         """
         self.report.add(report)
-        index, self.blocks = self.blocks, self.blocks + 1
+        self.blocks += 1
         if not self._durable:
             return
-        tensors = writer.sync(names)
-        states = hidden.save(self._folder, index + 1, batches, self._ranks, self._device) if batches else {}
+        if batches:
+            hidden.settle(self._device)
+        before = self._waiting
+        tensors, told = writer.take(names), Report()
+        if before is not None:
+            tensors = before.tensors | tensors
+            told.add(before.report)
+        told.add(report)
+        done = Waiting(writer, tensors, told, self.blocks, batches, len(batches))
+        if batches and self._ranks.alone and hidden.size(batches) >= hidden.LARGE:
+            self._waiting = done
+            self._begin()
+        else:
+            self._background.wait()
+            self._waiting = None
+            self._save(done, batches)
+
+    def leave(self) -> None:
+        """The hidden states after the last block that is done are about to become those after the next."""
+        self._begin()
+        if self._waiting is not None:
+            self._waiting = replace(self._waiting, batches=None)
+
+    def _begin(self) -> None:
+        """Has the thread make what waits durable, unless it is at earlier blocks still."""
+        if self._background.busy:
+            return
+        self._background.wait()
+        waiting = self._waiting
+        if waiting is None or not waiting.there:
+            return
+        copy = hidden.snapshot(waiting.batches or (), self._device, self._room)
+        self._room = [] if torch.device(self._device).type == "cpu" else copy
+        self._waiting = None
+        self._background.start(lambda: self._save(waiting, copy))
+
+    def _save(self, done: Waiting, batches: Sequence[Batch]) -> None:
+        """Makes blocks durable, each step before the next. batches: with the hidden states after them."""
+        done.writer.flush(done.tensors)
+        states = hidden.save(self._folder, done.blocks, batches, self._ranks, self._device) if batches else {}
         if self._journal is None:
             return
-        self._journal.append("block", index=index, tensors=tensors, hidden=states, report=asdict(report))
-        hidden.drop(self._folder, before=index)
+        content = {"tensors": done.tensors, "hidden": states, "report": asdict(done.report)}
+        self._journal.append("block", index=done.blocks - 1, **content)
+        hidden.drop(self._folder, before=self._named)
+        self._named = done.blocks
 
     def load(self, batches: Sequence[Batch]) -> None:
         """Takes batches that are at the first block to the first that is not finished."""

@@ -159,13 +159,21 @@ class ShardWriter:
     def sync(self, names: Iterable[str] | None = None) -> dict[str, int]:
         """Makes tensors that were written durable. Returns the CRC-32 of each.
 
-        names  of them; None: all that were not made durable before
+        names  of them; None: all that were not taken before
         """
-        with self._lock:
-            sums = {name: self._sums.pop(name) for name in (list(self._sums) if names is None else names)}
-        for shard in sorted({self._places[name].shard for name in sums}):
-            os.fsync(self._files[shard])
+        sums = self.take(names)
+        self.flush(sums)
         return sums
+
+    def take(self, names: Iterable[str] | None = None) -> dict[str, int]:
+        """The CRC-32 of tensors that were written, which is told once; names as for `sync`."""
+        with self._lock:
+            return {name: self._sums.pop(name) for name in (list(self._sums) if names is None else names)}
+
+    def flush(self, names: Iterable[str]) -> None:
+        """Makes the shards of tensors that were written durable. May be called while others are written."""
+        for shard in sorted({self._places[name].shard for name in names}):
+            os.fsync(self._files[shard])
 
     def close(self) -> list[str]:
         """Makes everything durable and writes the index. Returns the files written. All tensors must be there."""

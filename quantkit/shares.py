@@ -55,8 +55,11 @@ class Nowhere(ShardWriter):
     def write(self, name: str, tensor: torch.Tensor) -> None:
         pass
 
-    def sync(self, names: Iterable[str] | None = None) -> dict[str, int]:
+    def take(self, names: Iterable[str] | None = None) -> dict[str, int]:
         return {}
+
+    def flush(self, names: Iterable[str]) -> None:
+        pass
 
     def close(self) -> list[str]:
         return []

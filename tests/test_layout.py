@@ -32,6 +32,7 @@ LAYERS = (
         "quantkit.progress",
         "quantkit.profile",
         "quantkit.heartbeat",
+        "quantkit.background",
         "quantkit.ranks",
         "quantkit.joining",
         "quantkit.hub",
