@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import quantkit
-from quantkit import comparison, output, repair
+from quantkit import comparison, convert, output, repair
 from quantkit import plan as planning
 from quantkit.errors import InputError
 from quantkit.progress import Silent
@@ -213,3 +213,13 @@ def test_what_cannot_stand_side_by_side(model: Path, tmp_path: Path) -> None:
     out = quantkit.quantize(recipe(model, validate="none"), out=tmp_path / "out").out
     with pytest.raises(InputError, match="was not measured; run quantkit validate"):
         comparison.read([out])
+
+
+def test_the_packed_output_diverges_as_its_decoded_codes_do(tmp_path: Path) -> None:
+    recipe = {"model": "builtin:pydocs-llama-7m", "scheme": "W4A16", "method": "rtn"}
+    few = {"perplexity": {"windows": 4, "length": 256}, "gates": {"kl": 1.0}}
+    packed = quantkit.quantize({**recipe, "validate": few}, out=tmp_path / "packed", device="cpu")
+    convert.convert(packed.out, "dense", tmp_path / "dense")
+    dense = quantkit.validate(tmp_path / "dense", against="builtin:pydocs-llama-7m", windows=4, length=256)
+    assert packed.validation is not None and packed.validation.comparison.kl > 0.01
+    assert abs(packed.validation.comparison.kl - dense.comparison.kl) < 2e-4
