@@ -26,6 +26,8 @@ CASES: dict[str, tuple[str, Scheme]] = {
     "FP8": ("compressed-tensors", PRESETS["FP8"]),
     "fp8": ("fp8-block", PRESETS["FP8_BLOCK"]),
     "MXFP4": ("compressed-tensors", PRESETS["MXFP4"]),
+    "NVFP4A16": ("compressed-tensors", PRESETS["NVFP4A16"]),
+    "NVFP4": ("modelopt", PRESETS["NVFP4"]),
 }
 
 
@@ -52,10 +54,25 @@ def test_joined_layers_compute_the_same_and_are_saved_alike(name: str, tmp_path:
     saved_alike(model, tmp_path / "m", tmp_path / "once more")
 
 
-def test_scales_that_differ_keep_layers_apart(tmp_path: Path) -> None:
+def test_global_scales_of_their_own_become_one_a_row(tmp_path: Path) -> None:
     packed_models.save(tmp_path / "m", "compressed-tensors", PRESETS["NVFP4A16"], model=sizes(1))
-    model, _ = loaded(tmp_path / "m")
-    assert join(model) == 0  # each has a global scale of its own
+    model, layers = loaded(tmp_path / "m", dtype=torch.float32)
+    group = [layers[f"model.layers.0.self_attn.{n}_proj"] for n in "qkv"]
+    wholes = [layer.tensors()["global_scale"].view(torch.float32).clone() for layer in group]
+    assert len({float(whole) for whole in wholes}) == 3
+    x = torch.eye(128)
+    apart = [layer(x) for layer in group]  # the weights: each output is one product
+    assert join(model) == 2
+    joined = group[0].joint.lead.global_scale.view(torch.float32)
+    assert torch.equal(joined, torch.cat(wholes).repeat_interleave(128))
+    assert all(torch.equal(layer(x), y) for layer, y in zip(group, apart))
+    own = [layer.tensors()["global_scale"].view(torch.float32) for layer in group]
+    assert all(torch.equal(a, b) for a, b in zip(own, wholes))
+    state = model.state_dict()
+    assert state["model.layers.0.self_attn.k_proj.global_scale"].shape == (1,)
+
+
+def test_what_differs_keeps_layers_apart(tmp_path: Path) -> None:
     mixed = {"": PRESETS["W4A16"], "k_proj": PRESETS["W8A16"], "up_proj": PRESETS["W4A16"]}
     packed_models.save(tmp_path / "mixed", "compressed-tensors", mixed, model=sizes(1))
     model, layers = loaded(tmp_path / "mixed")

@@ -120,6 +120,40 @@ def test_decoded_to_memory(modules: dict[str, Any], case: tuple[str, str, int]) 
             assert torch.equal(out, wanted)
 
 
+@pytest.mark.parametrize("split", [1, 2, 0])
+def test_a_global_scale_for_each_row_divides_as_one_does(
+    modules: dict[str, Any], monkeypatch: pytest.MonkeyPatch, split: int
+) -> None:
+    """Weights on top of each other, as layers that are joined: the bits of each by itself, in sums and decoded."""
+    monkeypatch.setattr(modules["wxa16"], "resident", lambda *_: 1)  # no tile is shared, whose parts would differ
+    each, k = global_scales(), 288
+    p, x = on_top(each), activations(5, k)
+    choice = {"block_m": 8, "split": split}
+    y = run(modules, choice, x, p)
+    assert torch.equal(y, torch.cat([run(modules, choice, x, one) for one in each], 1))
+    assert difference(y, x, torch.cat([rounded(one, "before") for one in each])) < 2e-6
+    slabs = [torch.empty(n, k, dtype=torch.float16) for n in (p.n - 8, *(one.n for one in each))]
+    for one, first, out in zip((p, *each), (8, 0, 0, 0), slabs):
+        modules["wxa16"].decode_rows(one, first, out, assembly=False)
+    assert torch.equal(slabs[0], torch.cat(slabs[1:])[8:])
+
+
+def global_scales() -> list[layout.Packed]:
+    """NVFP4 weights of 64, 128 and 64 rows, each with its own global scale."""
+    made = [packed("nvfp4", "e4m3", 16, n, 288, seed) for seed, n in enumerate((64, 128, 64))]
+    return [p._replace(global_scale=torch.tensor([value])) for p, value in zip(made, (37.5, 1234.5, 0.75))]
+
+
+def on_top(each: list[layout.Packed]) -> layout.Packed:
+    whole = torch.cat([p.global_scale.expand(p.n) for p in each if p.global_scale is not None])
+    return each[0]._replace(
+        n=len(whole),
+        codes=torch.cat([p.codes for p in each], 1),
+        scale=torch.cat([p.scale for p in each], 1),
+        global_scale=whole,
+    )
+
+
 def test_many_tokens_by_slabs(modules: dict[str, Any]) -> None:
     x, p = activations(40, 72), packed("int8", "bf16", 128, 300, 72)
     bias = torch.randn(300, generator=torch.Generator().manual_seed(4)).half()
@@ -284,6 +318,22 @@ def test_the_operator_on_a_cpu(case: tuple[str, str, int]) -> None:
     assert torch.equal(wxa16.linear(x, p), y)
 
 
+def test_the_operator_with_a_global_scale_for_each_row() -> None:
+    each = global_scales()
+    p = on_top(each)
+    assert torch.equal(layout.decode(p, torch.float32), torch.cat([layout.decode(one, torch.float32) for one in each]))
+    w, whole = weight("nvfp4", "e4m3", 16, 24, 272), torch.linspace(0.5, 9000, 24)
+    again = layout.pack("nvfp4", w.codes, w.scale, group=16, global_scale=whole)
+    wanted = exact(w._replace(global_scale=None), "nvfp4", 16) / whole.double()[:, None]
+    x = activations(4, 272).double()
+    assert difference(operator(again, x), x, wanted) < 1e-12
+    with pytest.raises(ValueError, match="23 global scales; expected 1, or 24, one a row"):
+        layout.pack("nvfp4", w.codes, w.scale, group=16, global_scale=whole[:23])
+    fixed = (p.kind, p.scale_dtype, p.n, p.k, p.group)
+    arguments = (activations(3, 288).float(), p.codes, p.scale, None, p.global_scale, None, None, None)
+    torch.library.opcheck(wxa16.wxa16_linear, (*arguments, *fixed))
+
+
 @pytest.mark.parametrize("case", [CASES[0], CASES[8], CASES[19]], ids=str)
 def test_the_operator_in_torch(case: tuple[str, str, int]) -> None:
     """Its fake, autograd, torch.compile without a break, torch.export with a batch of any size."""
@@ -336,6 +386,7 @@ def test_what_does_not_belong_together_is_refused() -> None:
         (z._replace(zero=None), {}, "zero is missing for int4z with fp32"),
         (p._replace(zero=p.scale), {}, "zero is given for int4 with bf16"),
         (nv._replace(global_scale=None), {}, "global_scale is missing for nvfp4"),
+        (nv._replace(global_scale=torch.ones(23)), {}, r"global_scale is torch.float32 \(23,\)"),
         (p, {"bias": torch.zeros(23)}, r"bias is \(23,\); expected \(24,\)"),
         (p, {"order": torch.zeros(383, dtype=torch.int64)}, r"order is torch.int64 \(383,\)"),
         (p, {"counters": torch.zeros(4)}, r"counters are torch.float32 \(4,\)"),

@@ -18,11 +18,11 @@ H200 = Gpu()
 LAYOUT = "NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)"
 
 
-def compiled(case: tuple[str, str, int], one: Choice, dtype: torch.dtype = torch.bfloat16) -> Any:
+def compiled(case: tuple[str, str, int], one: Choice, dtype: torch.dtype = torch.bfloat16, dividing: int = 0) -> Any:
     from quantkit_kernels import _hopper_launch, _wxa16_hopper
 
     kind, scale, group = case
-    found = _unpacking._constants(kind, scale, group, wxa16.FLOATS[dtype], "before" if group else "end", True)
+    found = _unpacking._constants(kind, scale, group, wxa16.FLOATS[dtype], "before" if group else "end", True, dividing)
     constants = {name: found[name] for name in _hopper_launch.USED}
     constants |= {"WHERE": "before" if group else "end", "BM": one.block_m, "BN": one.block_n, "STAGES": one.stages}
     constants |= {"GROUP_M": one.group_m, "WARPS": one.warps, "BIAS": True, "COPIED": True}
@@ -40,17 +40,20 @@ def compiled(case: tuple[str, str, int], one: Choice, dtype: torch.dtype = torch
 
 
 @pytest.mark.parametrize(
-    ("case", "one"),
+    ("case", "one", "dividing"),
     [
-        (("int4", "bf16", 128), choice.hopper_tile(256, 128, 8)),
-        (("int4z", "bf16", 32), choice.hopper_tile(128, 128, 8)),
-        (("nvfp4", "e4m3", 16), choice.hopper_tile(64, 128, 8, 2)),
-        (("mxfp4", "e8m0", 32), choice.hopper_tile(128, 64, 4, 2)),
+        (("int4", "bf16", 128), choice.hopper_tile(256, 128, 8), 0),
+        (("int4z", "bf16", 32), choice.hopper_tile(128, 128, 8), 0),
+        (("nvfp4", "e4m3", 16), choice.hopper_tile(64, 128, 8, 2), 1),
+        (("nvfp4", "e4m3", 16), choice.hopper_tile(64, 128, 8, 2), 2),
+        (("mxfp4", "e8m0", 32), choice.hopper_tile(128, 64, 4, 2), 0),
     ],
     ids=str,
 )
-def test_the_machine_decodes_while_it_multiplies(case: tuple[str, str, int], one: Choice, tmp_path: Path) -> None:
-    made = compiled(case, one)
+def test_the_machine_decodes_while_it_multiplies(
+    case: tuple[str, str, int], one: Choice, dividing: int, tmp_path: Path
+) -> None:
+    made = compiled(case, one, dividing=dividing)
     registers, stack = resources(made, tmp_path)
     assert stack == 0 and registers * 32 * one.warps <= 65_536
     problem = Problem(*case[:2], 4096, 4096, case[2], one.block_m)

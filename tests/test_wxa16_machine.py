@@ -11,7 +11,7 @@ from typing import Any
 import ptx_emulator
 import pytest
 import torch
-from triton_tools import SHARED, compile_kernel, resources, sass
+from triton_tools import CAPABILITIES, SHARED, compile_kernel, resources, sass
 
 from quantkit_kernels import _unpack_ptx, _words, layout
 
@@ -319,6 +319,20 @@ def test_other_gpus(
     if capability < 90:
         assert opcodes(loop)["STS"] == opcodes(loop)["SHFL"] == 0
     assert "atom.global.gpu.acq_rel.add" in made.asm["ptx"]  # a partial sum is there before it is counted
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_a_global_scale_for_each_row(capability: int, tmp_path: Path) -> None:
+    """It costs nothing in the loop: the same instructions as with one for all rows."""
+    from quantkit_kernels import _wxa16
+
+    loops = []
+    for mode in (1, 2):
+        given = constants("nvfp4", "e4m3", 16, 8, 64, 2, 4, capability, SPLIT=2, GLOBAL=mode)
+        made = compile_kernel(_wxa16.gemm, given, capability, TYPES, num_warps=4, num_stages=3)
+        assert resources(made, tmp_path)[1] == 0 and made.metadata.shared <= SHARED[capability]
+        loops.append(opcodes(code_of(made, tmp_path)[1]))
+    assert loops[0] == loops[1]
 
 
 @pytest.mark.parametrize("capability", [80, 90])

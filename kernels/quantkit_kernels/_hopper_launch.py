@@ -67,5 +67,5 @@ def launch_hopper(
         made |= {"GROUP_M": choice.group_m, "WARPS": choice.warps, "BIAS": bias is not None, "COPIED": copied}
         return made | {"num_warps": choice.warps}
 
-    key = (problem._replace(m=0), choice, bias is None or bias.dtype, out.dtype, copied)
+    key = (problem._replace(m=0), choice, bias is None or bias.dtype, out.dtype, copied, constants["GLOBAL"])
     launch(_wxa16_hopper.gemm_hopper, (programs,), arguments, options, key)

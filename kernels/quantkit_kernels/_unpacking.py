@@ -19,11 +19,21 @@ def constants(packed: Packed, dtype: torch.dtype, where: str, assembly: bool) ->
     where     "before": HOW is "mul", or "split" where the scale is not exact in `dtype`; else "raw"
     assembly  false: the plain twin
     """
-    return _constants(packed.kind, packed.scale_dtype, packed.group, FLOATS[dtype], where, assembly)
+    dividing = global_mode(packed)
+    return _constants(packed.kind, packed.scale_dtype, packed.group, FLOATS[dtype], where, assembly, dividing)
+
+
+def global_mode(packed: Packed) -> int:
+    """GLOBAL, how `finish` divides by a global scale: 0 not at all; 1 one for all rows (of an expert); 2 one a row."""
+    if packed.global_scale is None:
+        return 0
+    return 1 if packed.codes.dim() == 4 or packed.global_scale.numel() == 1 else 2
 
 
 @functools.lru_cache(maxsize=256)
-def _constants(kind: str, scale_dtype: str, group: int, dtype: str, where: str, assembly: bool) -> dict[str, object]:
+def _constants(
+    kind: str, scale_dtype: str, group: int, dtype: str, where: str, assembly: bool, dividing: int
+) -> dict[str, object]:
     from quantkit_kernels._unpack_ptx import assembly as text
 
     form, how = layout.get(kind), layout.geometry(kind, scale_dtype, 1, group)
@@ -42,5 +52,5 @@ def _constants(kind: str, scale_dtype: str, group: int, dtype: str, where: str, 
         "ZERO": mode,
         "HOW": scaling,
         "ASM": text(form.code, dtype, scale_dtype, scaling, mode, two) if assembly else "",
-        "GLOBAL": kind == "nvfp4",
+        "GLOBAL": dividing,
     }

@@ -210,14 +210,19 @@ def finish(
     BIAS: tl.constexpr,
     GLOBAL: tl.constexpr,
 ) -> tl.tensor:
-    """What is left to do with the sums of `product`: powers of two, one scale a row, the global scale, the bias."""
+    """What is left to do with the sums of `product`: powers of two, one scale a row, the global scale, the bias.
+
+    GLOBAL  0: there is no global scale; 1: one divides all rows; 2: each row has its own
+    """
     if DT == "bf16":
         acc *= 1099511627776.0  # 2^40, which the weights lack
     if WHERE == "end":
         scale, _ = scale_values(tl.load(s_ptr + sums_row)[:, None], 0, SCALE, ZERO, False)
         acc *= scale
-    if GLOBAL:
+    if GLOBAL == 1:
         acc /= tl.load(global_ptr)
+    elif GLOBAL == 2:
+        acc /= tl.load(global_ptr + row, row < n, 1.0)[:, None]
     if BIAS:
         acc += tl.load(bias_ptr + row, row < n, 0.0).to(tl.float32)[:, None]
     return acc
@@ -364,9 +369,11 @@ def dequantize(
     w = fragments(p, plane, s, z, field, CODE, DT, SCALE, HOW, ZERO, TWO, LINE // 32, ASM, WARPS, False).to(tl.float32)
     if DT == "bf16":
         w *= 1099511627776.0
-    if GLOBAL:
-        w /= tl.load(global_ptr)
     row = start + tl.arange(0, BN)
+    if GLOBAL == 1:
+        w /= tl.load(global_ptr)
+    elif GLOBAL == 2:
+        w /= tl.load(global_ptr + first_row + row, first_row + row < n, 1.0)[:, None]
     column = line * LINE + tl.arange(0, LINE)
     out_at = out_ptr + row.to(tl.int64)[:, None] * k + column[None, :]
     tl.store(out_at, w.to(out_ptr.dtype.element_ty), (first_row + row < n)[:, None] & (column < k)[None, :])

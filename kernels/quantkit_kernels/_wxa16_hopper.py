@@ -141,8 +141,10 @@ def _finished(
         acc *= 1099511627776.0  # 2^40, which the weights lack
     if WHERE == "end":
         acc *= _row_scale(s_ptr, row, n_padded, SCALE)[:, None]
-    if GLOBAL:
+    if GLOBAL == 1:
         acc /= gl.load(global_ptr)
+    elif GLOBAL == 2:
+        acc /= gl.load(global_ptr + row, row < n, 1.0)[:, None]
     if BIAS:
         acc += gl.load(bias_ptr + row, row < n, 0.0).to(gl.float32)[:, None]
     return acc

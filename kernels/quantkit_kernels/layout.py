@@ -22,7 +22,7 @@ Columns beyond K have codes of the value zero, rows beyond N scales of zero.
     int2z int3z int4z int8z      (q - zero) scale          zero 0 .. 255
     fp8_e4m3                     value scale
     mxfp4 mxfp8                  value 2^(scale - 127)     groups of 32; mxfp8 is E4M3
-    nvfp4                        value scale / global      groups of 16
+    nvfp4                        value scale / global      groups of 16; one global scale, or one a row
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ class Packed(NamedTuple):
     codes: torch.Tensor
     scale: torch.Tensor
     zero: torch.Tensor | None
-    global_scale: torch.Tensor | None  # (1,) float32, "nvfp4" only
+    global_scale: torch.Tensor | None  # (1,) or (n,) float32, "nvfp4" only
 
 
 def get(kind: str) -> Kind:
@@ -183,6 +183,7 @@ def pack(
     scale         (ceil(N / rows), ceil(K / group)), or any shape of one element; dtype is kept
     zero          like the scale, integers; only for the kinds with z
     group, rows   columns and rows of a scale; 0 for all
+    global_scale  nvfp4 only: one, or one a row
     Raises ValueError for what does not belong together, and with the place for what cannot be held: codes beyond the
     width, NaN, scales above 2^33, zero points outside 0 .. 255.
     """
@@ -208,7 +209,9 @@ def pack(
         zero_RG = _shaped(zero, shape, "zero points").int() + (1 << (form.bits - 1) if signed else 0)
         _refuse((zero_RG < 0) | (zero_RG > 255), "zero points outside 0 .. 255", zero_RG)
     if global_scale is not None:
-        global_scale = global_scale.float().reshape(1)
+        if global_scale.numel() not in (1, n):
+            raise ValueError(f"{global_scale.numel()} global scales; expected 1, or {n}, one a row")
+        global_scale = global_scale.float().reshape(-1)
     fill = None if zero_RG is None else _per_row(zero_RG, n, rows)
     mode = zero_mode(kind, scale_dtype)
     bits = _bits(_per_row(scale_RG, n, rows))
@@ -283,7 +286,8 @@ def decode(packed: Packed, dtype: torch.dtype) -> torch.Tensor:
             value = values[codes.int()].view(by_group)
         value *= spread(scale_NG, start, stop)
         if packed.global_scale is not None:
-            value = value / packed.global_scale.to(wide)
+            whole = packed.global_scale.to(wide)
+            value = value / (whole if len(whole) == 1 else whole[start:stop, None, None])
         w_NK[start:stop] = value.view(stop - start, packed.k)
     return w_NK
 

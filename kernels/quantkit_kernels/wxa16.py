@@ -1,7 +1,8 @@
 """y = x Wᵀ + b with W as packed codes of 2 to 8 bits and x in bfloat16 or float16.
 
     x_MK          (..., K) bfloat16 or float16; any leading dimensions. Others run the reference
-    codes, scale, zero, global_scale   as layout.pack lays them out: int32, int32, int32 or None, (1,) float32 or None
+    codes, scale, zero, global_scale   as layout.pack lays them out: int32, int32, int32 or None; (1,) or, one a row,
+                  (N,) float32, or None
     bias          (N,) float or None
     order         (K,) integer or None: x[..., order] is what the codes' columns belong to (layout.act_order)
     counters      (tiles,) int32 zeros or None: one a tile of the output, where a sum is split. They are zero again
@@ -26,7 +27,7 @@ import torch.nn.functional as F
 
 from quantkit_kernels import layout
 from quantkit_kernels._launch import direct, launch
-from quantkit_kernels._unpacking import FLOATS, constants
+from quantkit_kernels._unpacking import FLOATS, constants, global_mode
 from quantkit_kernels.choice import Choice, Gpu, Problem, choose, gpu_of, mma_sync, resident
 from quantkit_kernels.layout import Packed
 
@@ -59,13 +60,14 @@ def _check(x: torch.Tensor, packed: Packed, bias: MaybeTensor, order: MaybeTenso
     p = packed
     form, how = layout.get(p.kind), layout.geometry(p.kind, p.scale_dtype, p.k, p.group)
     high = layout.padded_rows(p.n)
+    rows = p.n if p.global_scale is not None and p.global_scale.numel() == p.n else 1
     if x.dim() == 0 or x.shape[-1] != p.k or not x.is_floating_point():
         raise ValueError(f"x is {x.dtype} {tuple(x.shape)}; expected float (..., {p.k})")
     wanted: list[tuple[str, MaybeTensor, torch.dtype, tuple[int, ...], bool]] = [
         ("codes", p.codes, torch.int32, (layout.lines(p.kind, p.k), high, form.words), True),
         ("scale", p.scale, torch.int32, (how.rows, high), True),
         ("zero", p.zero, torch.int32, (how.rows, high), layout.zero_mode(p.kind, p.scale_dtype) == 2),
-        ("global_scale", p.global_scale, torch.float32, (1,), p.kind == "nvfp4"),
+        ("global_scale", p.global_scale, torch.float32, (rows,), p.kind == "nvfp4"),
     ]
     for name, t, dtype, shape, needed in wanted:
         if (t is not None) != needed:
@@ -178,7 +180,8 @@ def _run(x: torch.Tensor, packed: Packed, bias: MaybeTensor, order: MaybeTensor,
         )
     tokens = x.numel() // max(p.k, 1)
     choice, sizes = _chosen(p.kind, p.scale_dtype, p.n, p.k, p.group, tokens, x.dtype, gpu)
-    measured = (x.shape[-1], p.codes.numel(), p.scale.numel(), p.zero is None, p.global_scale is None)
+    divided = p.global_scale is not None and p.global_scale.numel() in (1, p.n)
+    measured = (x.shape[-1], p.codes.numel(), p.scale.numel(), p.zero is not None, divided)
     if measured != sizes or bias is not None or order is not None or not p.codes.is_contiguous():
         _check(x, packed, bias, order, counters)
     return run_with(choice, x, packed, bias, order, counters)
@@ -193,7 +196,7 @@ def _chosen(
     codes = layout.lines(kind, k) * high * layout.get(kind).words
     scales = layout.geometry(kind, scale_dtype, k, group).rows * high
     made = choose(Problem(kind, scale_dtype, n, k, group, tokens, FLOATS[dtype]), gpu)
-    return made, (k, codes, scales, layout.zero_mode(kind, scale_dtype) != 2, kind != "nvfp4")
+    return made, (k, codes, scales, layout.zero_mode(kind, scale_dtype) == 2, kind == "nvfp4")
 
 
 def run_with(
@@ -278,7 +281,8 @@ def _gemm(
         lines,
         x.stride(0),
     )
-    key = (problem._replace(m=0), choice, x.stride(0), bias is None or bias.dtype, out.dtype, assembly)
+    dtypes = (bias is None or bias.dtype, out.dtype)
+    key = (problem._replace(m=0), choice, x.stride(0), *dtypes, assembly, global_mode(packed))
     if choice.split == 0:
         from quantkit_kernels import _wxa16_stream
 

@@ -6,7 +6,8 @@ it is called, to the CPU), and a checkpoint is saved as it was. The first of the
 the others take their part, if they are given the very same input; else each computes for itself again.
 
 Inputs that are quantized are quantized once. A group is joined only when its layers agree in everything that a kernel
-is told: the scheme, the dtypes, scales of the input, NVFP4's global scale. `separate(model)` undoes it.
+is told: the scheme, the dtypes, scales of the input. NVFP4's global scales become one a row. `separate(model)` undoes
+it.
 """
 
 from __future__ import annotations
@@ -67,6 +68,8 @@ class Joint:
         found = self.lead.tensors()
         if held.path == "packed":
             found["codes"] = row_words(found["codes"], layout.get(held.kind).code, start, stop)
+            if "global_scale" in found:  # the same for all rows of a member
+                found["global_scale"] = found["global_scale"][start : start + 1]
             return {n: t[:, start:stop] if n in ("scale", "zero") else t for n, t in found.items()}
         unit = 128 if held.path == "block" else 1
         one = held.path == "w8a8" and held.disk.scheme.weights.strategy == "tensor"  # there it is the same for all rows
@@ -122,7 +125,7 @@ def _agree(group: list[PackedLinear]) -> bool:
             return False
         if _told(held) != _told(first.held) or held.shape[0] % multiple:
             return False
-        for name in ("global_scale", *INPUTS):
+        for name in INPUTS:
             one, other = first._get(name), m._get(name)
             if (one is None) != (other is None) or (one is not None and other is not None and not one.equal(other)):
                 return False
@@ -162,6 +165,8 @@ def _join(group: list[PackedLinear]) -> None:
 
 def _cat(held: Held, tensors: list[torch.Tensor], name: str, rows: list[tuple[int, int]]) -> torch.Tensor:
     """One of the tensors of all members, put together."""
+    if name == "global_scale":
+        return torch.cat([t.detach().expand(stop - start) for t, (start, stop) in zip(tensors, rows)])
     if name not in ("codes", "scale", "zero", "weight_sum"):
         return tensors[0].detach().clone()
     if held.path != "packed":

@@ -110,6 +110,26 @@ def test_sums_of_every_kind_against_float64(case: tuple[str, str, int], dtype: t
         assert y.dtype == dtype and worst(y, x, meant["group"]) < rounding
 
 
+@pytest.mark.parametrize("m", [1, 16, 64, 300])
+def test_a_global_scale_for_each_row(m: int) -> None:
+    """By every path: right, and where tiles are the same, the bits of a weight with that one global scale."""
+    p, wholes = packed("nvfp4", "e4m3", 16, 384, 2176), torch.tensor([37.5, 1234.5, 0.75])
+    x = activations(m, 2176, torch.bfloat16)
+    rows = there(p._replace(global_scale=wholes.repeat_interleave(128)))
+    meant = made_of(p._replace(global_scale=torch.ones(1)), "before", torch.bfloat16)
+    meant /= wholes.repeat_interleave(128).double()[:, None]
+    tried = [Choice(block_m=16, block_n=64, split=2), Choice(block_m=64, block_n=64, split=0, stages=3)]
+    tried += [choices.hopper_tile(64, 128, 8, 2)] if m > 16 else []
+    for one in [*tried, Choice(path="dequant")]:
+        y, fitted = run(rows, x, one)
+        bound = limit(p, "before", x.dtype) if fitted.path != "dequant" else 3e-3  # there rounded after the division
+        assert worst(y, x, meant) < bound, fitted
+        for i, whole in enumerate(wholes):
+            alone = run(rows._replace(global_scale=whole.reshape(1).cuda()), x, one)[0]
+            assert torch.equal(y[:, 128 * i : 128 * i + 128], alone[:, 128 * i : 128 * i + 128]), fitted
+    assert worst(wxa16.linear(x, rows), x, meant) < 5e-3
+
+
 @pytest.mark.parametrize("m", [8, 16, 64, 256])
 @pytest.mark.parametrize("case", [CASES[0], CASES[19]], ids=str)
 def test_what_a_tuner_tries_is_right(case: tuple[str, str, int], m: int) -> None:
