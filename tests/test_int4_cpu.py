@@ -77,7 +77,7 @@ def layers(model: torch.nn.Module) -> list[PackedLinear]:
 
 
 def in_words(m: PackedLinear) -> bool:
-    return m.words is not None
+    return "cpu_scale" in m._buffers
 
 
 def logits(model: torch.nn.Module) -> torch.Tensor:

@@ -88,8 +88,25 @@ def test_stays_packed_and_computes_the_dense_reference(name, checkpoints, caplog
         columns, rows = -(-layer.in_features // line) * line, -(-layer.out_features // 8) * 8
         assert layer.codes.nbytes == columns * rows * layout.get(layer.held.kind).bits // 8
     same(logits(model), logits(reference), exact=name != "w4g128")
-    assert model.get_memory_footprint() == footprint  # the forward has unpacked nothing for good
+    scales = sum(b.nbytes for n, b in model.named_buffers() if n.endswith("cpu_scale"))  # of torch's own int4 product
+    assert model.get_memory_footprint() == footprint + scales  # the forward has unpacked nothing for good
     assert not [r for r in caplog.records if r.name == "quantkit" and r.levelno > logging.INFO]
+
+
+@pytest.mark.parametrize("name", ["w4g32-asym-bias-tied", "w8g64-asym"])
+def test_loading_decodes_no_weight(name, checkpoints, monkeypatch):
+    """Nor does it draw random numbers: transformers initializes the `weight` of a Linear that it takes for missing."""
+    folder, _ = checkpoints(name)
+    state, decoded = torch.get_rng_state(), []
+
+    def record(self, dtype):
+        decoded.append(self)
+        return torch.zeros(1)
+
+    monkeypatch.setattr(PackedLinear, "decoded", record)
+    AutoModelForCausalLM.from_pretrained(folder)
+    assert not decoded
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)

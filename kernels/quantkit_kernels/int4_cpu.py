@@ -12,7 +12,6 @@ by torch's kernel; for many, the weight is decoded some rows at a time and multi
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,13 +25,6 @@ ROWS = 8 * SLAB  # decoded at once
 FEW = 64  # tokens; beyond, decoding the weight costs less than torch's kernel, which is made for few
 
 
-class Words(NamedTuple):
-    """Scales of a weight whose codes are in the CPU's order. size: columns of a scale."""
-
-    scales: torch.Tensor
-    size: int
-
-
 def size_of(kind: str, n: int, k: int, group: int) -> int:
     """Columns of a scale for torch's kernel; 0 where it has none for such a weight."""
     if kind != "int4" or n % 16 or k % 128 or not hasattr(torch.ops.aten, "_weight_int4pack_mm_for_cpu"):
@@ -40,8 +32,8 @@ def size_of(kind: str, n: int, k: int, group: int) -> int:
     return next((s for s in SIZES if (group or k) % s == 0 and k % s == 0), 0)
 
 
-def to_words(packed: Packed) -> tuple[torch.Tensor, Words] | None:
-    """The codes in the CPU's order, and scales for it; None where they do not fit, or bfloat16 lacks a scale."""
+def to_words(packed: Packed) -> tuple[torch.Tensor, torch.Tensor, int] | None:
+    """Words, scales and the columns of a scale; None where they do not fit, or bfloat16 lacks a scale."""
     n, k = packed.n, packed.k
     size = size_of(packed.kind, n, k, packed.group)
     if not size:
@@ -55,7 +47,7 @@ def to_words(packed: Packed) -> tuple[torch.Tensor, Words] | None:
     words = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int(), 2)
     if words.numel() != n * k // 2 or not torch.equal(from_words(words, n, k), codes):
         return None  # a CPU whose order is not known here
-    return words, Words(scales, size)
+    return words, scales, size
 
 
 def from_words(words: torch.Tensor, n: int, k: int) -> torch.Tensor:
@@ -88,9 +80,14 @@ def _places(rows: int, k: int) -> torch.Tensor:
     return torch.argsort(source)
 
 
-def linear(x: torch.Tensor, words: torch.Tensor, held: Words, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """(..., K) -> (..., N), bfloat16. words: int32 or uint8, of any shape of as many bytes."""
-    scales, size = held
+@torch.library.custom_op("quantkit::int4_cpu_linear", mutates_args=())
+def linear(
+    x: torch.Tensor, words: torch.Tensor, scales: torch.Tensor, size: int, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """(..., K) -> (..., N), bfloat16. words: int32 or uint8, of any shape of as many bytes.
+
+    An operator, so that torch.export keeps `words` as they are, where it would make a constant of them seen as uint8.
+    """
     n, k = scales.shape[1], x.shape[-1]
     flat = x.reshape(-1, k).contiguous()
     if flat.shape[0] <= FEW:
@@ -99,14 +96,22 @@ def linear(x: torch.Tensor, words: torch.Tensor, held: Words, bias: torch.Tensor
     else:
         parts = [(start, min(n, start + ROWS)) for start in range(0, n, ROWS)]
         biases = [None if bias is None else bias[start:stop].to(x.dtype) for start, stop in parts]
-        y = torch.cat([F.linear(flat, _decoded(words, held, k, *part), b) for part, b in zip(parts, biases)], 1)
+        decoded = (_decoded(words, scales, size, k, *part) for part in parts)
+        y = torch.cat([F.linear(flat, w, b) for w, b in zip(decoded, biases)], 1)
     return y.view(*x.shape[:-1], n)
 
 
-def _decoded(words: torch.Tensor, held: Words, k: int, start: int, stop: int) -> torch.Tensor:
+@linear.register_fake
+def _fake(
+    x: torch.Tensor, words: torch.Tensor, scales: torch.Tensor, size: int, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    return x.new_empty(*x.shape[:-1], scales.shape[1])
+
+
+def _decoded(words: torch.Tensor, scales: torch.Tensor, size: int, k: int, start: int, stop: int) -> torch.Tensor:
     """Some rows of the weight, rounded to bfloat16."""
     flat = words.reshape(-1).view(torch.uint8)
     slabs = [_slab(flat, s, min(SLAB, stop - s), k) for s in range(start, stop, SLAB)]
-    codes = torch.cat(slabs).view(stop - start, -1, held.size)
-    scale = held.scales[:, start:stop, 0].t()[..., None]
+    codes = torch.cat(slabs).view(stop - start, -1, size)
+    scale = scales[:, start:stop, 0].t()[..., None]
     return ((codes.to(torch.int8) - 8).float() * scale.float()).to(torch.bfloat16).view(stop - start, k)

@@ -31,6 +31,9 @@ from quantkit.runtime.decoding import Decoder, FullCache
 CODE, FACTS = "step.pt2", "step.json"
 CACHE = "QUANTKIT_CACHE"  # environment: where packages go; ~/.cache/quantkit without it
 VERSION = 1
+# Where g++ finds no libstdc++.so beside itself it links the static one, and a package with a C++ library of its own
+# ends the process that loads it (std::regex takes the other's locale). Named first, the shared one has all there is.
+OPTIONS = {"aot_inductor.package_constants_in_so": False, "aot_inductor.custom_op_libs": [":libstdc++.so.6"]}
 
 
 @dataclass(frozen=True)
@@ -103,6 +106,12 @@ class Step(nn.Module):
         return {**parameters, **dict(self.named_buffers(remove_duplicate=False))}
 
 
+@torch.no_grad()
+def _settle(model: Any) -> None:
+    """One token, so that what layers do at their first product is done: on a CPU codes take another order."""
+    model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=model.get_input_embeddings().weight.device))
+
+
 def facts_of(model: Any, batch: int, slots: int) -> Facts:
     """What a package for this model as it is must have been made for."""
     device = model.get_input_embeddings().weight.device
@@ -148,6 +157,7 @@ def compile_step(
     Raises InputError for a folder that holds something else or a model that cannot be exported, MissingError where no
     compiler is found.
     """
+    _settle(model)
     facts = facts_of(model, batch, slots)
     folder = Path(out) if out is not None else default_folder(facts)
     there = _facts_in(folder)
@@ -170,11 +180,6 @@ def compile_step(
 
 def _compile(model: Any, batch: int, slots: int, file: Path) -> None:
     device = model.get_input_embeddings().weight.device
-    if device.type == "cuda":
-        raise MissingError(
-            f"torch {torch.__version__} ends with a segmentation fault when it loads a package without weights on a "
-            "GPU; use quantkit.generate(compile=True), which compiles in the process"
-        )
     if shutil.which(os.environ.get("CXX", "g++")) is None and shutil.which("clang++") is None:
         raise MissingError("a C++ compiler is needed to package a compiled step: install g++, or set CXX")
     token = torch.zeros(batch, 1, dtype=torch.int64, device=device)
@@ -190,9 +195,7 @@ def _compile(model: Any, batch: int, slots: int, file: Path) -> None:
     except Exception as e:
         raise InputError(f"{type(model).__name__} cannot be exported: {_first_line(e)}") from e
     try:
-        torch._inductor.aoti_compile_and_package(
-            program, package_path=str(file), inductor_configs={"aot_inductor.package_constants_in_so": False}
-        )
+        torch._inductor.aoti_compile_and_package(program, package_path=str(file), inductor_configs=OPTIONS)
     except Exception as e:
         raise MissingError(f"the step could not be compiled: {type(e).__name__}: {_first_line(e)}") from e
 
@@ -265,6 +268,7 @@ def load(model: Any, folder: str | Path) -> Package:
     there = _facts_in(path)
     if there is None or not (path / CODE).is_file():
         raise InputError(f"{path}: holds no package; quantkit compile makes one")
+    _settle(model)
     wanted = facts_of(model, there.batch, there.slots)
     if there != wanted:
         raise InputError(f"{path}: {_difference(there, wanted)}; quantkit compile makes another")

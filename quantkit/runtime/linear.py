@@ -24,7 +24,7 @@ class PackedLinear(Product, nn.Linear):
     bias: nn.Parameter | None  # type: ignore[assignment]
     joint: Any = None  # of joint.py, where it is multiplied together with others
     place: int = 0
-    words: int4_cpu.Words | None = None  # while its codes are in the order of torch's own int4 product on a CPU
+    cpu_group: int = 0  # columns of a scale of `cpu_scale`
     fits_words: bool = True  # until it is found that they cannot be
 
     def __init__(
@@ -75,9 +75,18 @@ class PackedLinear(Product, nn.Linear):
         """All that is held, by the names of `held.specs()`."""
         if self.joint is None:
             found = super().tensors()
-            return found if self.words is None else {**found, "codes": self._kernel_order()}
+            return found if "cpu_scale" not in self._buffers else {**found, "codes": self._kernel_order()}
         kept = {name: t for name, t in self._parameters.items() if t is not None and name != "bias"}
         return {**self.joint.tensors(self.place), **kept}
+
+    @property
+    def _is_hf_initialized(self) -> bool:
+        """Asked by transformers after loading. Otherwise it draws random numbers into `weight`, which is a copy."""
+        return all(getattr(p, "_is_hf_initialized", False) for p in self._parameters.values() if p is not None)
+
+    @_is_hf_initialized.setter
+    def _is_hf_initialized(self, value: bool) -> None:
+        """Set by transformers when it has initialized what was missing, and nothing to keep."""
 
     # on a CPU --------------------------------------------------------------------------------------------------------
 
@@ -85,15 +94,17 @@ class PackedLinear(Product, nn.Linear):
         """Symmetric int4 in bfloat16 on a CPU by torch's own kernel, a thousand times faster than by decoding W.
 
         The codes change their order at the first product, in place; who reads or moves them gets the kernels' order.
+        Meanwhile there is a buffer `cpu_scale`.
         """
         if x.device.type == "cpu" and x.dtype == torch.bfloat16 and not self._trains(x):
-            if self.words is None and self.fits_words and not torch.compiler.is_compiling():
+            if "cpu_scale" not in self._buffers and self.fits_words and not torch.compiler.is_compiling():
                 self._enter_cpu_order()
-            if self.words is not None:
+            if (scale := self._get("cpu_scale")) is not None:
                 order = self._get("order")
                 x = x if order is None else x.index_select(-1, order)
-                return int4_cpu.linear(x, self.codes, self.words, self.bias)
-        if self.words is not None:
+                y: torch.Tensor = int4_cpu.linear(x, self.codes, scale, self.cpu_group, self.bias)
+                return y
+        if "cpu_scale" in self._buffers:
             self._leave_cpu_order()
         return super()._on_words(x)
 
@@ -109,7 +120,8 @@ class PackedLinear(Product, nn.Linear):
         if found is None:
             self.fits_words = False
             return
-        words, self.words = found
+        words, scale, self.cpu_group = found
+        self.register_buffer("cpu_scale", scale, persistent=False)
         self.codes.data = words.view(-1).view(torch.int32).view(self.codes.shape)
 
     def _kernel_order(self) -> torch.Tensor:
@@ -120,9 +132,9 @@ class PackedLinear(Product, nn.Linear):
         return layout.pack("int4", codes, scale, group=0).codes.to(self.codes.device)
 
     def _leave_cpu_order(self) -> None:
-        if self.words is not None:
+        if "cpu_scale" in self._buffers:
             self.codes.data = self._kernel_order()
-            self.words = None
+            del self.cpu_scale
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """`to`, `cuda`, `half` and the like."""
@@ -131,7 +143,7 @@ class PackedLinear(Product, nn.Linear):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.words is not None:
+        if "cpu_scale" in self._buffers:
             destination[f"{prefix}codes"] = self._kernel_order()
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
