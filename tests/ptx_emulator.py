@@ -17,10 +17,16 @@ WORD = 0xFFFFFFFF
 def run(text: str, outputs: int, *operands: torch.Tensor) -> list[torch.Tensor]:
     """The outputs $0, $1, ... of one block of assembly; `operands` are those after them. Words, all of one shape."""
     values: dict[str, torch.Tensor] = {f"${outputs + i}": o & WORD for i, o in enumerate(operands)}
-    body = re.fullmatch(r"\{ \.reg \.b32 [\w, ]+; (.*) \}", text)
+    body = re.fullmatch(r"\{ \.reg \.b32 [\w, ]+; (?:\.reg \.b16 [\w, ]+; )?(.*) \}", text)
     assert body, text
     for line in body[1].split(";"):
         if not line.strip():
+            continue
+        if apart := re.fullmatch(r" ?mov\.b32 \{(\w+), (\w+)\}, (\S+)", line):
+            values[apart[1]], values[apart[2]] = values[apart[3]] & 0xFFFF, values[apart[3]] >> 16
+            continue
+        if together := re.fullmatch(r" ?mov\.b32 (\S+), \{(\w+), (\w+)\}", line):
+            values[together[1]] = values[together[3]] << 16 | values[together[2]]
             continue
         name, rest = line.split(maxsplit=1)
         to, *names = [part.strip() for part in rest.split(",")]
@@ -79,6 +85,7 @@ OPS: dict[str, Callable[..., torch.Tensor]] = {
     "or.b32": lambda a, b: a | b,
     "shr.u32": lambda a, n: a >> n,
     "shl.b32": lambda a, n: a << n,
+    "shf.r.wrap.b32": lambda a, b, n: (b << 32 | a) >> (n & 31),
     "prmt.b32": prmt,
     "lop3.b32": lop3,
     "fma.rn.bf16x2": fma(torch.bfloat16),

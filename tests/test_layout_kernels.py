@@ -117,7 +117,7 @@ def wrap(word: int) -> int:
 def e2m1(word: int, half: int, pair: int) -> int:
     """A code, by the shifts that the kernels use, in Python's integers."""
     p = word & 0xFFFFFFFF
-    view = (p, p << 3, p << 6 ^ p << 2, p >> 3 ^ p << 1)[pair] >> (16 * half)
+    view = (p, p << 6, p >> 4 | p << 28, p << 2 ^ p >> 6)[pair] >> (16 * half)
     return (view >> 15 & 1) << 3 | view >> 6 & 7
 
 

@@ -145,11 +145,11 @@ def _plain_pair(
         if i == 0:
             found = bits
         elif i == 1:
-            found = bits << 3
+            found = bits << 6
         elif i == 2:
-            found = (bits << 6) ^ (bits << 2)
+            found = (bits >> 4) | (bits << 28)
         else:
-            found = (bits >> 3) ^ (bits << 1)
+            found = (bits << 2) ^ (bits >> 6)
         found = found & 0x81C081C0
         low = (found << 16).to(tl.float32, bitcast=True) * 8.507059173023462e37  # 2^126
         high = (found & 0xFFFF0000).to(tl.float32, bitcast=True) * 8.507059173023462e37

@@ -71,6 +71,7 @@ class _Block:
     def __init__(self, outputs: int, dtype: str, two: bool) -> None:
         self.lines: list[str] = []
         self.known: dict[str, str] = {}
+        self.apart: dict[str, tuple[str, str]] = {}  # registers of 16 bits with the halves of one
         self.outputs, self.bf16, self.two = outputs, dtype == "bf16", two
         self.kind = dtype.replace("fp16", "f16") + "x2"
 
@@ -114,7 +115,19 @@ class _Block:
         if not self.two:
             return [s] * self.outputs
         half = self.outputs // 2
-        return [self.op("prmt.b32", s, s, "0x1010")] * half + [self.op("prmt.b32", s, s, "0x3232")] * half
+        low, high = self.twice_each(s)
+        return [low] * half + [high] * half
+
+    def twice_each(self, s: str) -> tuple[str, str]:
+        """A register with the low half of `s` twice, and one with the high half.
+
+        By mov, which the compiler makes a part of the product that reads it; of prmt it does not.
+        """
+        if s not in self.apart:
+            self.apart[s] = f"l{len(self.apart)}", f"h{len(self.apart)}"
+            self.lines.append(f"mov.b32 {{{', '.join(self.apart[s])}}}, {s};")
+        low, high = self.apart[s]
+        return self.op("mov.b32", f"{{{low}, {low}}}"), self.op("mov.b32", f"{{{high}, {high}}}")
 
     def scaled(self, i: int, d: str, how: str) -> None:
         """Output i, value times scale: one product, or two where the scale is a sum of two floats."""
@@ -127,7 +140,9 @@ class _Block:
 
     def finish(self) -> str:
         registers = ", ".join(self.known.values())
-        return "{ .reg .b32 " + registers + "; " + " ".join(self.lines) + " }"
+        halves = ", ".join(name for pair in self.apart.values() for name in pair)
+        declared = f".reg .b32 {registers};" + (f" .reg .b16 {halves};" if halves else "")
+        return f"{{ {declared} {' '.join(self.lines)} }}"
 
 
 def _integers(t: _Block, code: str, how: str, zero: int) -> None:
@@ -199,9 +214,9 @@ def _e4m3(t: _Block) -> tuple[list[str], int]:
 def _e2m1(t: _Block) -> tuple[list[str], int]:
     """As `_e4m3`. layout.py chose the bits of the codes so that shifts and one logic instruction suffice."""
     p = t.operand("p")
-    values = [t.masked(p, 0x81C0), t.masked(t.shifted(p, -3), 0x81C0)]
-    for a, b in ((-6, -2), (3, -1)):
-        values.append(t.op("lop3.b32", t.shifted(p, a), t.shifted(p, b), "0x81c081c0", "0x28"))  # (a ^ b) & mask
+    values = [t.masked(p, 0x81C0), t.masked(t.shifted(p, -6), 0x81C0)]
+    values.append(t.masked(t.op("shf.r.wrap.b32", p, p, "4"), 0x81C0))
+    values.append(t.op("lop3.b32", t.shifted(p, -2), t.shifted(p, 6), "0x81c081c0", "0x28"))  # (a ^ b) & mask
     if t.bf16:
         return values, 126
     signs = [t.masked(value, 0x8000) for value in values]

@@ -51,8 +51,7 @@ def _pack_rows(codes_NK: torch.Tensor, code: str, line: int, pairs: int, fill_N1
     c = F.pad(padded, (0, 0, 0, high - n)).view(high, count, 4, pairs, 4, 2).permute(1, 0, 4, 2, 3, 5)
     halves = [[c[..., i, v].int() for i in range(pairs)] for v in (0, 1)]  # (L, N', t, j) each
     if code == "e2m1":
-        top = _e2m1_half(halves[1], torch.zeros_like(halves[1][0]))
-        words = top << 16 | _e2m1_half(halves[0], top)
+        words = _e2m1_words(halves[0], halves[1])
     else:
         step = {"u2": 2, "u3": 2, "u4": 4, "u8": 8, "e4m3": 8}[code]
         words = torch.zeros_like(halves[0][0])
@@ -80,7 +79,7 @@ def unpack_codes(words: torch.Tensor, code: str, line: int, pairs: int) -> torch
     two = flat[:, : high * 16].view(count, high, 4, 4)
     found = []  # i, v
     if code == "e2m1":
-        views = (two, two << 3, two << 6 ^ two << 2, _shift(two, 3) ^ two << 1)
+        views = (two, two << 6, _shift(two, 4) | two << 28, two << 2 ^ _shift(two, 6))
         found = [[_e2m1_code(_shift(view, 16 * v)) for v in (0, 1)] for view in views]
     else:
         found = [[two >> (16 * v + 2 * i) & 3 for v in (0, 1)] for i in range(pairs)]
@@ -111,18 +110,26 @@ def _shift(words: torch.Tensor, by: int) -> torch.Tensor:
     return words if by == 0 else words >> by & ((1 << (32 - by)) - 1)
 
 
-def _e2m1_half(codes: list[torch.Tensor], other: torch.Tensor) -> torch.Tensor:
-    """16 bits with four codes, so that each appears at bits 15 and 8 to 6 (sign, exponent and mantissa of a bfloat16)
-    of one of these, under a mask: p, p << 3, p << 6 ^ p << 2, p >> 3 ^ p << 1.
+def _e2m1_words(low: list[torch.Tensor], high: list[torch.Tensor]) -> torch.Tensor:
+    """Words with four codes in each half, so that both codes of a pair appear at bits 15 and 8 to 6 of their halves
+    (sign, exponent and mantissa of a bfloat16) of one of these, under a mask:
 
-    other    the half above, whose bit 2 the last shift moves to where the sign is; zeros for the upper half
+        p    p << 6    p rotated right by 4    p << 2 ^ p >> 6
+
+    Of every half the codes 0 and 1 take bits 15, 8 to 6, 9 and 2 to 0; code 2 bits 12 to 10, its sign is bit 3 of the
+    other half. What the last one needs is in bits 14 and 13, 5 and 4, where others are taken away from it.
     """
-    sign, rest = [c >> 3 for c in codes], [c & 7 for c in codes]
-    half = sign[0] << 15 | rest[0] << 6 | sign[1] << 12 | rest[1] << 3
-    half = half | (rest[2] ^ half >> 4 & 7)
-    half = half | (rest[3] ^ half >> 5 & 7) << 9
-    half = half | (sign[2] ^ half >> 9 & 1) << 13
-    return half | (sign[3] ^ other >> 2 & 1) << 14
+    halves = []
+    for codes, other in ((low, high), (high, low)):
+        sign, rest = [c >> 3 for c in codes], [c & 7 for c in codes]
+        half = sign[0] << 15 | rest[0] << 6 | sign[1] << 9 | rest[1] | rest[2] << 10 | other[2] >> 3 << 3
+        halves.append(half | (rest[3] & 1 ^ half >> 12 & 1) << 4 | (rest[3] >> 2 ^ half >> 6 & 1) << 14)
+    bottom, top = halves
+    above = high[3] >> 3  # bit 13 of the upper half
+    top = top | above << 13 | (high[3] >> 1 & 1 ^ above) << 5
+    sign = low[3] >> 3 ^ top >> 5 & 1
+    bottom = bottom | sign << 13 | (low[3] >> 1 & 1 ^ sign) << 5
+    return top << 16 | bottom
 
 
 def _e2m1_code(half: torch.Tensor) -> torch.Tensor:

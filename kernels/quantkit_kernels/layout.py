@@ -9,7 +9,7 @@ serves every number of tokens, every tile and every GPU.
             16 bytes what a tensor core's operand wants from it: columns 2t, 2t+1, 2t+8 and 2t+9 of every 16.
             Integers: unsigned, code i of a half at bit b i. 3 bits: (L, N', 24), N' 16 words of the low two bits, then
             N' 8 words of the third: (N'/8, 4 t, 8 rows, 2), word j/2 for the words j, bits as _words.PLANE_BITS.
-            E2M1: _words._e2m1_half.  FP8: a byte as it is, code i of a half at bit 8 i.
+            E2M1: _words._e2m1_words.  FP8: a byte as it is, code i of a half at bit 8 i.
     scale   (S, N') int32, F scales of a row in a word, the first lowest, so that a word spans group F columns.
             float32: F = 1.  bfloat16, float16: F = 2 symmetric, and with zero points F = 1: the scale above, the zero
             point in the low byte.  E8M0 and E4M3: F = 4.  One scale a row: (1, N').
