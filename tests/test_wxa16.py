@@ -220,7 +220,7 @@ STREAM = {"split": 0, "block_n": 64}
 BUGS: list[tuple[str, str, str, tuple[str, str, int], dict[str, Any]]] = [
     ("_wxa16", "(word * (LINE // 4) // GROUP) % FIELDS", "(word * 0) % FIELDS", ("int4", "fp16", 32), {}),
     ("_wxa16", "LINE // SPAN * WIDTH\n", "LINE // SPAN * WIDTH * 0\n", ("int4", "fp16", 64), {}),
-    ("_wxa16", "word < 2, a, tl.load(at + n_padded)[:, None]", "word < 2, a, a", ("int4", "fp16", 32), {}),
+    ("_wxa16", "return tl.where(word < 2, a, b)", "return tl.where(word < 2, a, a)", ("int4", "fp16", 32), {}),
     ("_wxa16", "scale_row(held, LINE, SPAN, WIDTH).to", "scale_row(line * 0, LINE, SPAN, 1).to", CASES[0], {}),
     ("_wxa16", "end = tl.minimum(begin + each,", "end = tl.minimum(begin + each - 1,", CASES[0], {}),
     ("_wxa16", "[None, :] < k)", "[None, :] < k + 8)", CASES[0], {}),
@@ -237,7 +237,7 @@ BUGS: list[tuple[str, str, str, tuple[str, str, int], dict[str, Any]]] = [
     ("_unpack", "LOG: tl.constexpr = 3 if WARPS == 8 else 2", "LOG: tl.constexpr = 2", CASES[0], {"warps": 8}),
     ("_unpack", "zero = (holder & 0xFF).to(tl.float32)", "zero = (holder & 0xFE).to(tl.float32)", CASES[6], {}),
     ("_unpack", "q_low = (bits >> (STEP * i))", "q_low = (bits >> (STEP * (i ^ 1)))", CASES[0], {}),
-    ("_unpack", "(bits << 6) ^ (bits << 2)", "bits << 6", ("mxfp4", "e8m0", 32), {}),
+    ("_unpack", "(bits << 2) ^ (bits >> 6)", "bits << 2", ("mxfp4", "e8m0", 32), {}),
     ("_unpack", "scale = second", "scale = first", ("nvfp4", "e4m3", 16), {}),
     ("_unpack", "& 1) * 8)[None, :]", "& 0) * 8)[None, :]", ("int3", "fp16", 128), {}),
     ("_unpack", "permute(0, 2, 1, 3, 5, 7, 6, 4)", "permute(0, 2, 1, 3, 5, 6, 7, 4)", CASES[0], {}),

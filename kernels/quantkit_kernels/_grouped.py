@@ -174,8 +174,8 @@ def wxa16(
         return
     one = expert.to(tl.int64)
     w_ptr += one * n_lines * n_padded * (24 if CODE == "u3" else 16)
-    s_ptr += one * s_rows * n_padded
-    z_ptr += one * s_rows * n_padded
+    s_ptr += one * s_rows * n_padded * WIDTH
+    z_ptr += one * s_rows * n_padded * WIDTH
     each = tl.cdiv(tl.cdiv(n_lines, UNROLL), SPLIT)
     begin = tl.program_id(2) * each
     end = tl.minimum(begin + each, tl.cdiv(n_lines, UNROLL))

@@ -37,17 +37,19 @@ def scales(
     if HOW == "raw":
         return row[:, None] * 0 + word * 0
     else:
-        at = s_ptr + (line.to(gl.uint32) * 128 // SPAN * WIDTH).to(gl.int64) * n_padded + row
-        a = gl.load(at)[:, None]
+        at = s_ptr + (line.to(gl.uint32) * 128 // SPAN * WIDTH).to(gl.int64) * n_padded + row * WIDTH
         if WIDTH == 1:
-            return a + word * 0
-        elif WIDTH == 2:
-            return gl.where(word < 2, a, gl.load(at + n_padded)[:, None])
-        else:
-            b = gl.load(at + n_padded)[:, None]
-            c = gl.load(at + 2 * n_padded)[:, None]
-            d = gl.load(at + 3 * n_padded)[:, None]
-            return gl.where(word < 2, gl.where(word == 0, a, b), gl.where(word == 2, c, d))
+            return gl.load(at)[:, None] + word * 0
+        else:  # two words by one load
+            both_at = at.cast(gl.pointer_type(gl.int64), bitcast=True)
+            first = gl.load(both_at)[:, None]
+            a, b = first.to(gl.int32), (first >> 32).to(gl.int32)
+            if WIDTH == 2:
+                return gl.where(word < 2, a, b)
+            else:
+                second = gl.load(both_at + 1)[:, None]
+                c, d = second.to(gl.int32), (second >> 32).to(gl.int32)
+                return gl.where(word < 2, gl.where(word == 0, a, b), gl.where(word == 2, c, d))
 
 
 @gluon.jit

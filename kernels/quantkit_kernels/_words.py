@@ -1,4 +1,4 @@
-"""Codes to the words of layout.py and back, in plain torch: which bit of which word holds which code."""
+"""Codes and scales to the words of layout.py and back, in plain torch: which bit of which word holds what."""
 
 from __future__ import annotations
 
@@ -93,6 +93,24 @@ def unpack_codes(words: torch.Tensor, code: str, line: int, pairs: int) -> torch
     return c.permute(1, 0, 3, 4, 2, 5).reshape(high, count * line)
 
 
+def pack_scales(bits_NG: torch.Tensor, rows: int, width: int, fields: int) -> torch.Tensor:
+    """Bits of scales, int32 (N, G), to words (rows, N', width): `fields` scales in each, the first lowest."""
+    n, groups = bits_NG.shape
+    padded = F.pad(bits_NG, (0, rows * width * fields - groups, 0, -(-n // 8) * 8 - n))
+    each = padded.view(-1, rows, width, fields)
+    words = torch.zeros_like(each[..., 0])
+    for f in range(fields):
+        words |= each[..., f] << (32 // fields * f)
+    return words.transpose(0, 1).contiguous()
+
+
+def unpack_scales(words: torch.Tensor, fields: int) -> torch.Tensor:
+    """The inverse: int32 (N', all groups), padding included."""
+    size = 32 // fields
+    each = [words >> (size * f) & ((1 << size) - 1) if fields > 1 else words for f in range(fields)]
+    return torch.stack(each, -1).transpose(0, 1).flatten(1)
+
+
 _BYTES = {"u2": 4, "u4": 2, "u8": 1, "e4m3": 1}  # codes in a byte, where they lie in bytes one after the other
 
 
@@ -125,10 +143,10 @@ def _e2m1_words(low: list[torch.Tensor], high: list[torch.Tensor]) -> torch.Tens
         half = sign[0] << 15 | rest[0] << 6 | sign[1] << 9 | rest[1] | rest[2] << 10 | other[2] >> 3 << 3
         halves.append(half | (rest[3] & 1 ^ half >> 12 & 1) << 4 | (rest[3] >> 2 ^ half >> 6 & 1) << 14)
     bottom, top = halves
-    above = high[3] >> 3  # bit 13 of the upper half
-    top = top | above << 13 | (high[3] >> 1 & 1 ^ above) << 5
-    sign = low[3] >> 3 ^ top >> 5 & 1
-    bottom = bottom | sign << 13 | (low[3] >> 1 & 1 ^ sign) << 5
+    bit = high[3] >> 3  # 13 of the upper half
+    top = top | bit << 13 | (high[3] >> 1 & 1 ^ bit) << 5
+    bit = low[3] >> 3 ^ top >> 5 & 1  # 13 of the lower half
+    bottom = bottom | bit << 13 | (low[3] >> 1 & 1 ^ bit) << 5
     return top << 16 | bottom
 
 

@@ -54,27 +54,32 @@ def line_pointers(
 
 
 @triton.jit
-def line_scales(at: tl.tensor, n_padded: tl.tensor, WIDTH: tl.constexpr) -> tl.tensor:
+def line_scales(at: tl.tensor, WIDTH: tl.constexpr) -> tl.tensor:
     """The word with the scale of each code word of a line: (ROWS, 16), or (ROWS, 1) where it is one word.
 
-    at  (ROWS,) pointers to the line's first row of scales
+    at  (ROWS,) pointers to the first of the line's WIDTH words
     """
-    a = tl.load(at)[:, None]
     word = tl.arange(0, 16)[None, :] & 3
     if WIDTH == 1:
-        return a
-    elif WIDTH == 2:
-        return tl.where(word < 2, a, tl.load(at + n_padded)[:, None])
-    else:
-        b = tl.load(at + n_padded)[:, None]
-        c = tl.load(at + 2 * n_padded)[:, None]
-        d = tl.load(at + 3 * n_padded)[:, None]
-        return tl.where(word < 2, tl.where(word == 0, a, b), tl.where(word == 2, c, d))
+        return tl.load(at)[:, None]
+    else:  # two words by one load
+        both_at = at.to(tl.pointer_type(tl.int64), bitcast=True)
+        a, b = _halves(tl.load(both_at)[:, None])
+        if WIDTH == 2:
+            return tl.where(word < 2, a, b)
+        else:
+            c, d = _halves(tl.load(both_at + 1)[:, None])
+            return tl.where(word < 2, tl.where(word == 0, a, b), tl.where(word == 2, c, d))
+
+
+@triton.jit
+def _halves(both: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
+    return both.to(tl.int32), (both >> 32).to(tl.int32)
 
 
 @triton.jit
 def scale_row(line: tl.tensor, LINE: tl.constexpr, SPAN: tl.constexpr, WIDTH: tl.constexpr) -> tl.tensor:
-    """The first row of scales of a line."""
+    """Where the scales of a line begin, in words of each row before it."""
     if SPAN == 0:
         return line.to(tl.uint32) * 0
     else:
@@ -150,13 +155,13 @@ def product(
     BN: tl.constexpr = words_row.shape[0]
     column = tl.arange(0, LINE)
     at, plane_at, stride = line_pointers(w_ptr, words_row, begin * UNROLL, n_padded, CODE)
-    s_row = scale_row(begin * UNROLL, LINE, SPAN, WIDTH).to(tl.int64) * n_padded + words_row
+    s_row = scale_row(begin * UNROLL, LINE, SPAN, WIDTH).to(tl.int64) * n_padded + words_row * WIDTH
     s_at, z_at = s_ptr + s_row, z_ptr + s_row
     sw = tl.zeros((BN, 1 if WIDTH == 1 else 16), tl.int32)
     zw = sw
     if GROUP == 0 and ZERO > 0:
-        sw = line_scales(s_at, n_padded, 1)
-        zw = line_scales(z_at, n_padded, 1) if ZERO == 2 else sw
+        sw = line_scales(s_at, 1)
+        zw = line_scales(z_at, 1) if ZERO == 2 else sw
     acc = tl.zeros((BN, x_at.shape[0]), tl.float32)
     for step in range(begin, end):
         for u in tl.static_range(UNROLL):
@@ -169,12 +174,12 @@ def product(
                 if WHOLE:
                     if u * LINE % SPAN == 0:
                         first = (u * LINE // SPAN) * WIDTH * n_padded
-                        sw = line_scales(s_at + first, n_padded, WIDTH)
-                        zw = line_scales(z_at + first, n_padded, WIDTH) if ZERO == 2 else sw
+                        sw = line_scales(s_at + first, WIDTH)
+                        zw = line_scales(z_at + first, WIDTH) if ZERO == 2 else sw
                 else:
-                    first = scale_row(held, LINE, SPAN, WIDTH).to(tl.int64) * n_padded + words_row
-                    sw = line_scales(s_ptr + first, n_padded, WIDTH)
-                    zw = line_scales(z_ptr + first, n_padded, WIDTH) if ZERO == 2 else sw
+                    first = scale_row(held, LINE, SPAN, WIDTH).to(tl.int64) * n_padded + words_row * WIDTH
+                    sw = line_scales(s_ptr + first, WIDTH)
+                    zw = line_scales(z_ptr + first, WIDTH) if ZERO == 2 else sw
             field = scale_field(u if WHOLE else line, LINE, GROUP, FIELDS)
             s, z = tl.broadcast_to(sw, (BN, 16)), tl.broadcast_to(zw, (BN, 16))
             w = fragments(
@@ -362,9 +367,9 @@ def dequantize(
     words_row = tl.minimum(first_row + start + row_order(tl.arange(0, BN), WARPS), n_padded - 1)
     at, plane_at, _ = line_pointers(w_ptr, words_row, line, n_padded, CODE)
     p, plane = line_words(at, plane_at, True, CODE, True)
-    s_row = scale_row(line, LINE, SPAN, WIDTH).to(tl.int64) * n_padded + words_row
-    s = tl.broadcast_to(line_scales(s_ptr + s_row, n_padded, WIDTH), (BN, 16))
-    z = tl.broadcast_to(line_scales(z_ptr + s_row, n_padded, WIDTH), (BN, 16)) if ZERO == 2 else s
+    s_row = scale_row(line, LINE, SPAN, WIDTH).to(tl.int64) * n_padded + words_row * WIDTH
+    s = tl.broadcast_to(line_scales(s_ptr + s_row, WIDTH), (BN, 16))
+    z = tl.broadcast_to(line_scales(z_ptr + s_row, WIDTH), (BN, 16)) if ZERO == 2 else s
     field = scale_field(line, LINE, GROUP, FIELDS)
     w = fragments(p, plane, s, z, field, CODE, DT, SCALE, HOW, ZERO, TWO, LINE // 32, ASM, WARPS, False).to(tl.float32)
     if DT == "bf16":

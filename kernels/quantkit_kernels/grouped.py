@@ -212,7 +212,7 @@ def _check(x: torch.Tensor, offsets: torch.Tensor, packed: Packed, bias: MaybeTe
     if not x.is_floating_point():
         raise ValueError(f"x is {x.dtype} {tuple(x.shape)}; expected float (M, {p.k})")
     high = layout.padded_rows(p.n)
-    scales = (experts, how.rows, high)
+    scales = (experts, *how.shape(p.n))
     wanted: list[tuple[str, MaybeTensor, torch.dtype, tuple[int, ...], bool]] = [
         ("codes", p.codes, torch.int32, (experts, layout.lines(p.kind, p.k), high, form.words), True),
         ("scale", p.scale, torch.int32, scales, True),

@@ -10,7 +10,8 @@ serves every number of tokens, every tile and every GPU.
             Integers: unsigned, code i of a half at bit b i. 3 bits: (L, N', 24), N' 16 words of the low two bits, then
             N' 8 words of the third: (N'/8, 4 t, 8 rows, 2), word j/2 for the words j, bits as _words.PLANE_BITS.
             E2M1: _words._e2m1_words.  FP8: a byte as it is, code i of a half at bit 8 i.
-    scale   (S, N') int32, F scales of a row in a word, the first lowest, so that a word spans group F columns.
+    scale   (S, N') int32, F scales of a row in a word, the first lowest, so that a word spans group F columns. Where a
+            line needs several words of a row, they lie side by side: (S, N', 2) or (S, N', 4).
             float32: F = 1.  bfloat16, float16: F = 2 symmetric, and with zero points F = 1: the scale above, the zero
             point in the low byte.  E8M0 and E4M3: F = 4.  One scale a row: (1, N').
     zero    beside float32 scales: like the scale, the zero point in the low byte; else None
@@ -30,9 +31,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 
-from quantkit_kernels._words import ELEMENTS, pack_codes, row_words, unpack_codes
+from quantkit_kernels._words import ELEMENTS, pack_codes, pack_scales, row_words, unpack_codes, unpack_scales
 
 LARGEST_SCALE = 2.0**33  # beyond, bfloat16 products in the kernels overflow
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -92,6 +92,11 @@ class Geometry(NamedTuple):
     span: int
     rows: int
 
+    def shape(self, n: int) -> tuple[int, ...]:
+        """Of `scale`, for n rows of the weight."""
+        high = padded_rows(n)
+        return (self.rows, high) if self.width == 1 else (self.rows, high, self.width)
+
 
 class Packed(NamedTuple):
     """A weight (n, k) for the kernels. group: columns of a scale, 0 for all; rows: rows of a scale, 0 for all."""
@@ -144,7 +149,7 @@ def geometry(kind: str, scale_dtype: str, k: int, group: int) -> Geometry:
         if width > 4:
             least = form.line // (4 * fields)
             raise ValueError(f"groups of {group} with {scale_dtype} scales of {kind}; kernels hold {least} at least")
-        return Geometry(fields, width, form.line, lines(kind, k) * width)
+        return Geometry(fields, width, form.line, lines(kind, k))
     return Geometry(fields, 1, span, -(-k // span))
 
 
@@ -201,9 +206,8 @@ def pack(
     scale_RG = _shaped(scale, shape, "scales")
     _check_scales(scale_RG, scale_dtype)
     if (zero is not None) != form.zero or (global_scale is not None) != (kind == "nvfp4"):
-        raise ValueError(
-            f"{kind} with zero points: {zero is not None}, with a global scale: {global_scale is not None}"
-        )
+        given = zero is not None, global_scale is not None
+        raise ValueError(f"{kind} with zero points: {given[0]}, with a global scale: {given[1]}")
     zero_RG = None
     if zero is not None:
         zero_RG = _shaped(zero, shape, "zero points").int() + (1 << (form.bits - 1) if signed else 0)
@@ -219,9 +223,9 @@ def pack(
     if mode == 1 and fill is not None:
         bits = bits << 16 | fill
     elif mode == 2 and fill is not None:
-        zeros = _pack_words(fill, how, 32)
+        zeros = _pack_words(fill, how)
     words = pack_codes(codes, form.code, form.line, form.pairs, _filling(form, n, fill, codes.device))
-    scales = _pack_words(bits, how, 32 // how.fields)
+    scales = _pack_words(bits, how)
     return Packed(kind, n, k, group, rows, scale_dtype, words, scales, zeros, global_scale)
 
 
@@ -237,13 +241,13 @@ def unpack(packed: Packed, *, signed: bool = False) -> tuple[torch.Tensor, torch
         words = row_words(packed.codes, form.code, start, -(-stop // 8) * 8)
         codes[start:stop] = unpack_codes(words, form.code, form.line, form.pairs)[: stop - start, : packed.k]
     how = geometry(packed.kind, packed.scale_dtype, packed.k, packed.group)
-    mode, width = zero_mode(packed.kind, packed.scale_dtype), 32 // how.fields
-    bits = _unpack_words(packed.scale, packed, how, width)
+    mode = zero_mode(packed.kind, packed.scale_dtype)
+    bits = _unpack_words(packed.scale, packed, how)
     zero = None
     if mode == 1:
         bits, zero = bits >> 16, bits & 0xFF
     elif mode == 2 and packed.zero is not None:
-        zero = _unpack_words(packed.zero, packed, how, 32)
+        zero = _unpack_words(packed.zero, packed, how)
     dtype = SCALE_DTYPES[packed.scale_dtype]
     integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[dtype.itemsize]
     scale = bits.to(integer).view(dtype)
@@ -302,13 +306,13 @@ def _decoded_scales(packed: Packed, wide: torch.dtype) -> tuple[torch.Tensor, to
     """Scales and zero points of each row and group, as floats."""
     how = geometry(packed.kind, packed.scale_dtype, packed.k, packed.group)
     each = packed._replace(rows=1)
-    bits = _unpack_words(packed.scale, each, how, 32 // how.fields)
+    bits = _unpack_words(packed.scale, each, how)
     zero = None
     mode = zero_mode(packed.kind, packed.scale_dtype)
     if mode == 1:
         bits, zero = bits >> 16, (bits & 0xFF).to(wide)
     elif mode == 2 and packed.zero is not None:
-        zero = _unpack_words(packed.zero, each, how, 32).to(wide)
+        zero = _unpack_words(packed.zero, each, how).to(wide)
     if packed.scale_dtype == "e8m0":
         return torch.exp2(bits.to(wide) - 127), zero
     dtype = SCALE_DTYPES[packed.scale_dtype]
@@ -384,20 +388,13 @@ def _bits(scale: torch.Tensor) -> torch.Tensor:
     return scale.view(torch.uint8).int()
 
 
-def _pack_words(bits_NG: torch.Tensor, how: Geometry, width: int) -> torch.Tensor:
-    n, groups = bits_NG.shape
-    padded = F.pad(bits_NG, (0, how.rows * how.fields - groups, 0, padded_rows(n) - n))
-    each = padded.view(-1, how.rows, how.fields)
-    words = torch.zeros_like(each[..., 0])
-    for f in range(how.fields):
-        words |= each[..., f] << (width * f)
-    return words.t().contiguous()
+def _pack_words(bits_NG: torch.Tensor, how: Geometry) -> torch.Tensor:
+    return pack_scales(bits_NG, how.rows, how.width, how.fields).view(how.shape(bits_NG.shape[0]))
 
 
-def _unpack_words(words: torch.Tensor, packed: Packed, how: Geometry, width: int) -> torch.Tensor:
+def _unpack_words(words: torch.Tensor, packed: Packed, how: Geometry) -> torch.Tensor:
     """The bits of the scales (R, G), int32, as `_bits` gives them."""
-    each = [words >> (width * f) & ((1 << width) - 1) if width < 32 else words for f in range(how.fields)]
-    bits = torch.stack(each, -1).transpose(0, 1).flatten(1)
+    bits = unpack_scales(words, how.fields)
     groups = 1 if packed.group == 0 else -(-packed.k // packed.group)
     step = packed.rows or max(packed.n, 1)
     return bits[: packed.n : step, :groups].clone(memory_format=torch.contiguous_format)

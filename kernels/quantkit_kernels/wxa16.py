@@ -21,6 +21,7 @@ Elsewhere the reference. The same input gives the same bits, also where sums are
 from __future__ import annotations
 
 import functools
+import math
 
 import torch
 import torch.nn.functional as F
@@ -65,8 +66,8 @@ def _check(x: torch.Tensor, packed: Packed, bias: MaybeTensor, order: MaybeTenso
         raise ValueError(f"x is {x.dtype} {tuple(x.shape)}; expected float (..., {p.k})")
     wanted: list[tuple[str, MaybeTensor, torch.dtype, tuple[int, ...], bool]] = [
         ("codes", p.codes, torch.int32, (layout.lines(p.kind, p.k), high, form.words), True),
-        ("scale", p.scale, torch.int32, (how.rows, high), True),
-        ("zero", p.zero, torch.int32, (how.rows, high), layout.zero_mode(p.kind, p.scale_dtype) == 2),
+        ("scale", p.scale, torch.int32, how.shape(p.n), True),
+        ("zero", p.zero, torch.int32, how.shape(p.n), layout.zero_mode(p.kind, p.scale_dtype) == 2),
         ("global_scale", p.global_scale, torch.float32, (rows,), p.kind == "nvfp4"),
     ]
     for name, t, dtype, shape, needed in wanted:
@@ -194,7 +195,7 @@ def _chosen(
     """The configuration, and what `_check` makes sure of, in numbers that are compared at once."""
     high = layout.padded_rows(n)
     codes = layout.lines(kind, k) * high * layout.get(kind).words
-    scales = layout.geometry(kind, scale_dtype, k, group).rows * high
+    scales = math.prod(layout.geometry(kind, scale_dtype, k, group).shape(n))
     made = choose(Problem(kind, scale_dtype, n, k, group, tokens, FLOATS[dtype]), gpu)
     return made, (k, codes, scales, layout.zero_mode(kind, scale_dtype) == 2, kind == "nvfp4")
 

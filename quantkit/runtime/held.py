@@ -110,9 +110,9 @@ class Held:
             form, how = layout.get(self.kind), layout.geometry(self.kind, self.scale_dtype, k, self.group)
             high = layout.padded_rows(n)
             found["codes"] = (torch.int32, (layout.lines(self.kind, k), high, form.words))
-            found["scale"] = (torch.int32, (how.rows, high))
+            found["scale"] = (torch.int32, how.shape(n))
             if layout.zero_mode(self.kind, self.scale_dtype) == 2:
-                found["zero"] = (torch.int32, (how.rows, high))
+                found["zero"] = (torch.int32, how.shape(n))
         else:
             number = self.disk.scheme.weights.number
             found["codes"] = (torch.int8 if number.startswith("int") else torch.uint8, (n, k))

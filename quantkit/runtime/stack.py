@@ -71,9 +71,9 @@ class Stack:
             form, how = layout.get(kind), layout.geometry(kind, scale_dtype, k, self.held.group)
             high = layout.padded_rows(n)
             found["codes"] = (torch.int32, (e, layout.lines(kind, k), high, form.words))
-            found["scale"] = (torch.int32, (e, how.rows, high))
+            found["scale"] = (torch.int32, (e, *how.shape(n)))
             if layout.zero_mode(kind, scale_dtype) == 2:
-                found["zero"] = (torch.int32, (e, how.rows, high))
+                found["zero"] = (torch.int32, (e, *how.shape(n)))
             if kind == "nvfp4":
                 found["global_scale"] = (torch.int32, (e,))
         if self.ordered:
