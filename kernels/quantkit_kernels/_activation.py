@@ -40,16 +40,14 @@ def divided(x: tl.tensor, scale: tl.tensor, HARDWARE: tl.constexpr) -> tl.tensor
     x * inverse is off by less than 2 last places, and the step of Newton rounds a number within 2^-46 of the quotient
     (Markstein 1990), which may miss the nearest float by one place where the quotient is so near to the middle of two.
     Beside a number halfway between two codes it never is: scale would have to end in a dozen zeros and 1.
-    A remainder must not underflow, so a row with a tiny scale is moved up.
+    A remainder must not underflow: scale is 2^-60 or more.
     """
     if HARDWARE:
-        lift = tl.where(scale < 8.673617379884035e-19, 18446744073709551616.0, 1.0)  # below 2^-60: times 2^64
-        raised = tl.broadcast_to(scale * lift, x.shape)
-        # Twice the sign turned: then a zero comes out with the sign of x, and no instruction turns one.
-        inverse = tl.broadcast_to(tl.div_rn(-1.0, scale * lift), x.shape)
-        value = x * -lift
+        # Twice the sign turned: then a zero comes out with the sign of x. Times -1 is no instruction of its own.
+        inverse = tl.broadcast_to(tl.div_rn(-1.0, scale), x.shape)
+        value = x * -1.0
         quotient = value * inverse
-        quotient = tl.fma(tl.fma(quotient, raised, value), inverse, quotient)
+        quotient = tl.fma(tl.fma(quotient, tl.broadcast_to(scale, x.shape), value), inverse, quotient)
     else:
         quotient = tl.div_rn(x, tl.broadcast_to(scale, x.shape))
     return quotient
@@ -73,6 +71,31 @@ def encoded(x: tl.tensor, FORM: tl.constexpr, SPANNED: tl.constexpr, HARDWARE: t
         code, _ = nearest(x, 0.0, True, -448.0, 448.0, 1, 8, -6, 3)
         code = tl.where(x == x, code, 127).to(tl.int8)
     return code
+
+
+@triton.jit
+def lifted(x: tl.tensor, scale: tl.tensor, HARDWARE: tl.constexpr) -> tl.tensor:
+    """x / scale as `divided`, of any scale: a tiny one, and its x, are moved up by 2^64 first."""
+    lift = tl.where(scale < 8.673617379884035e-19, 18446744073709551616.0, 1.0)  # below 2^-60
+    return divided(x * lift, scale * lift, HARDWARE)
+
+
+@triton.jit
+def put(
+    at: tl.tensor, value: tl.tensor, scale: tl.tensor, here: tl.tensor, FORM: tl.constexpr, HARDWARE: tl.constexpr
+) -> None:
+    """Writes the codes of value / scale, a column that spans it. A program with one scale asks once whether it is tiny.
+
+    Each way stores by itself: a compiler that joins them takes both.
+    """
+    if HARDWARE and scale.numel == 1:
+        tiny = tl.max(scale.reshape(1), 0) < 8.673617379884035e-19
+    else:
+        tiny: tl.constexpr = True  # type: ignore[no-redef]
+    if tiny:
+        tl.store(at, encoded(lifted(value, scale, HARDWARE), FORM, True, HARDWARE).reshape(here.shape), here)
+    else:
+        tl.store(at, encoded(divided(value, scale, HARDWARE), FORM, True, HARDWARE).reshape(here.shape), here)
 
 
 @triton.jit
@@ -144,7 +167,7 @@ def rows(
     else:
         if MODE == "symmetric":
             scale = spanning(largest(value), 127.5 if FORM == "int8" else 448.0)
-            code = encoded(divided(value, scale[:, None], HARDWARE), FORM, True, HARDWARE)
+            put(out_at, value, scale[:, None], here, FORM, HARDWARE)
             tl.store(scale_ptr + group.to(tl.int64) * m + row, scale, row < m)
         elif MODE == "asymmetric":
             low = tl.minimum(tl.min(value, 1), 0.0)
@@ -154,7 +177,8 @@ def rows(
             scale = spanning(reach, 255.0)
             zero = tl.minimum(tl.maximum(-128.0 - tl.div_rn(low, scale), -128.0), 127.0)
             zero = tl.where((reach > 0) & (reach < float("inf")), (zero + 12582912.0) - 12582912.0, 0.0)
-            code = encoded(divided(value, scale[:, None], HARDWARE) + zero[:, None], FORM, False, HARDWARE)
+            code = encoded(lifted(value, scale[:, None], HARDWARE) + zero[:, None], FORM, False, HARDWARE)
+            tl.store(out_at, code, here)
             tl.store(scale_ptr + row, scale, row < m)
             tl.store(zero_ptr + row, zero.to(tl.int8), row < m)
         else:
@@ -164,8 +188,7 @@ def rows(
                 quotient = quotient + tl.load(zero_ptr).to(tl.float32)
             if FORM != "int8":  # NaN must stay
                 quotient = tl.where(quotient > 448.0, 448.0, tl.where(quotient < -448.0, -448.0, quotient))
-            code = encoded(quotient, FORM, False, HARDWARE)
-        tl.store(out_at, code, here)
+            tl.store(out_at, encoded(quotient, FORM, False, HARDWARE), here)
 
 
 @triton.jit
@@ -213,8 +236,7 @@ def norm(
         GROUPS: tl.constexpr = WIDTH // GROUP
         value = value.reshape(ROWS, GROUPS, GROUP)
         scale = spanning(largest(value), 127.5 if FORM == "int8" else 448.0)
-        code = encoded(divided(value, scale[:, :, None], HARDWARE), FORM, True, HARDWARE)
-        tl.store(out_ptr + out_at, code.reshape(ROWS, WIDTH), here)
+        put(out_ptr + out_at, value, scale[:, :, None], here, FORM, HARDWARE)
         group = tl.arange(0, GROUPS)
         exists = (row < m)[:, None] & (group * GROUP < k)[None, :]
         tl.store(scale_ptr + group[None, :].to(tl.int64) * m + row[:, None], scale, exists)
