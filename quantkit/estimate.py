@@ -15,7 +15,9 @@ from typing import Any
 
 import torch
 
-from quantkit import inventory, lint, rehearsal, room, skeleton, solve, streaming
+from quantkit import inventory, lint, rehearsal, room, shares, skeleton, solve, streaming
+from quantkit import passes as dividing
+from quantkit.blocks import Block
 from quantkit.checkpoint import DTYPES, nbytes
 from quantkit.hidden import LARGE, SHARE
 from quantkit.linears import Linear
@@ -37,10 +39,14 @@ class Memory:
     parts: dict[str, int]
 
 
-def memory(plan: Plan, device: torch.device, *, place: str | None = None) -> Memory:
+def memory(
+    plan: Plan, device: torch.device, *, place: str | None = None, passes: int | None = None, ranks: int = 1
+) -> Memory:
     """The peaks of a run.
 
-    place  where hidden states wait, "device" or "host"; by default as `hidden_place` has it
+    place   where hidden states wait, "device" or "host"; by default as `hidden_place` has it
+    passes  in how many parts the inputs of a block are observed; by default as `passes_needed` has it
+    ranks   processes that share a block's statistics
     """
     base = _resident() + (0 if device.type == "cpu" else CUDA_HOST)
     if not plan.needs_data:
@@ -49,7 +55,7 @@ def memory(plan: Plan, device: torch.device, *, place: str | None = None) -> Mem
         return Memory(base + work, gpu, {"this process": base, "tensors under way": work})
     size = 4 if device.type == "cpu" else plan.skeleton.dtype.itemsize
     held = rehearsal.hidden_bytes(plan, device)
-    phases = _phases(plan, size)
+    phases = _phases(plan, size, device, passes or passes_needed(plan, device), ranks)
     kept = held * 2 // 3 if plan.carries_dense else held
     copy = kept if kept >= LARGE else 0  # on the way to the disk, while the next block is computed
     parts = {"this process": base, "hidden states": held, "their copy for the disk": copy, **phases}
@@ -76,7 +82,41 @@ def _batches(plan: Plan) -> int:
     return max(1, -(-wanted.samples // wanted.batch_size))
 
 
-def _phases(plan: Plan, size: int) -> dict[str, int]:
+def passes_needed(plan: Plan, device: torch.device, ranks: int = 1) -> int:
+    """In how many passes over a block the inputs of its experts are observed: the fewest, doubled, that fit."""
+    count, most = 1, dividing.most(plan, device) if plan.needs_data else 1
+    while count < most and not _fits(memory(plan, device, passes=count, ranks=ranks), device):
+        count = min(2 * count, most)
+    return count
+
+
+def experts_said(plan: Plan, device: torch.device, count: int, ranks: int = 1) -> str:
+    """How the experts of a block are observed, in words, in `count` passes."""
+    once, parts = (max(_statistics(plan, b, device, n, ranks) for b in plan.structure.blocks) for n in (1, count))
+    if count == 1:
+        return f"all of a block at once, {once:,} bytes"
+    return f"in {count} passes over each block, {parts:,} bytes at a time; all at once, {once:,}, would not fit"
+
+
+def _statistics(plan: Plan, block: Block, device: torch.device, passes: int, ranks: int) -> int:
+    """Bytes of the statistics of a block's inputs that are held at once, on the rank that has most of them."""
+    owners = shares.owners(block, plan, ranks)
+    largest = 0
+    for part in dividing.divided(plan, block, passes, owners, device):
+        sizes = [0] * ranks
+        for group in part:
+            sizes[owners[group[0]]] += dividing.nbytes(plan, group)
+        largest = max(largest, *sizes)
+    return largest
+
+
+def _fits(peaks: Memory, device: torch.device) -> bool:
+    """Whether what is free is enough; so where the system does not say what is."""
+    fits = not available() or peaks.host <= (available() + _resident()) * SPARE
+    return fits and (device.type == "cpu" or peaks.gpu <= torch.cuda.mem_get_info(device)[0] * SPARE)
+
+
+def _phases(plan: Plan, size: int, device: torch.device, passes: int, ranks: int) -> dict[str, int]:
     """Bytes of each thing that a calibrated run holds; `size` of an element of what runs."""
     ghost, wanted = plan.skeleton, plan.recipe.calibration
     width = int(ghost.model.config.get_text_config().hidden_size)
@@ -86,7 +126,7 @@ def _phases(plan: Plan, size: int) -> dict[str, int]:
         weights = sum(_numel(ghost, p) for p in ghost.parameters(block.name + "."))
         groups = [[plan.linears[m] for m in group] for group in block.groups]
         widths = [group[0].shape[1] for group in groups if any("gram" in plan.needs(x) for x in group)]
-        grams = sum(k * k * 4 for k in widths) * (2 if plan.carries_dense else 1)
+        grams = _statistics(plan, block, device, passes, ranks)
         inner = max(sum(x.shape[0] for x in group) for group in groups)
         observing = grams + max((k * k * 4 for k in widths), default=0) + tokens * (4 * width + 2 * inner) * size
         rounded = sum(x.shape[0] * x.shape[1] for group in groups for x in group if x.scheme)
@@ -175,10 +215,7 @@ def _fitting(plan: Plan, device: torch.device) -> str:
     """The smallest change of the recipe with which it fits, as what to put on the command line."""
     for changed, said in _smaller(plan):
         peaks = memory(changed, device)
-        fits = not available() or peaks.host <= (available() + _resident()) * SPARE
-        if device.type == "cuda":
-            fits &= peaks.gpu <= torch.cuda.mem_get_info(device)[0] * SPARE
-        if fits:
+        if _fits(peaks, device):
             return f"it fits with {said}"
     return "no smaller batch and no other place of the hidden states is enough: take a larger machine"
 
@@ -234,6 +271,8 @@ def describe(
         wanted = recipe.calibration
         facts.append(("calibration", f"{wanted.samples} rows of {wanted.length} tokens from {wanted.data}"))
         facts.append(("hidden states", _PLACES[hidden_place(plan, device)]))
+        if dividing.most(plan, device) > 1:
+            facts.append(("experts' statistics", experts_said(plan, device, passes_needed(plan, device))))
     else:
         facts.append(("calibration", f"none: {recipe.method_name} reads no data; tensors stream from shard to shard"))
     if rehearse:

@@ -172,6 +172,12 @@ class Experts(nn.Module):
         return name.rpartition(".")[2] in self.ups
 
 
+def inside(model: nn.Module, name: str) -> list[tuple[str, Experts]]:
+    """The `Experts` of a block, or of any other module of a model, by their names in the model."""
+    found = model.get_submodule(name).named_modules(prefix=name)
+    return [(path, module) for path, module in found if isinstance(module, Experts)]
+
+
 # transformers' module for the experts of a layer ---------------------------------------------------------------------
 
 UPS = ("gate_up_proj", "up_proj")

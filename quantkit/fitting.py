@@ -1,4 +1,4 @@
-"""When the GPU's memory runs out: smaller batches, then hidden states to the host, then the same block again.
+"""When the GPU's memory runs out: smaller batches, hidden states to the host, experts in more parts; the block again.
 
 A try that ran out of memory has written nothing and has left the hidden states before the block as they were, so the
 block is simply begun again with more room. Rows do not influence each other, so what a block computes stays the same
@@ -29,6 +29,8 @@ class Fitting:
 
     rows     the most rows of a batch
     to_host  copies hidden states to the host
+    passes   into how many parts the inputs of a block's experts are divided, each observed in a pass of its own
+    most     the most of them that there can be
     alone    whether this process may do otherwise than others; of several ranks none may
     on_host  whether hidden states are on the host
     solving  set by the work once it is past its batches: then smaller ones are no help
@@ -39,6 +41,8 @@ class Fitting:
     to_host: Callable[[torch.Tensor], torch.Tensor]
     progress: Progress
     alone: bool = True
+    passes: int = 1
+    most: int = 1
     on_host: bool = False
     solving: bool = False
     steps: list[Step] = field(default_factory=list)
@@ -72,13 +76,17 @@ class Fitting:
         elif not self.on_host:
             self.on_host = True
             changed = "hidden states on the host"
+        elif self.passes < self.most:
+            self.passes = min(2 * self.passes, self.most)
+            changed = f"the experts' statistics in {self.passes} passes"
         else:
             raise MissingError(
                 f"{what}: does not fit into the GPU's memory, not with batches of {self.rows} rows and hidden states "
                 f"on the host either ({said}); take a GPU with more memory, a smaller calibration.length, or "
                 "--device cpu"
             )
-        self.steps.append({"at": what, "batch_size": self.rows, "hidden": "host" if self.on_host else "device"})
+        step: Step = {"at": what, "batch_size": self.rows, "hidden": "host" if self.on_host else "device"}
+        self.steps.append(step | ({"passes": self.passes} if self.passes > 1 else {}))
         self.progress.warn(f"{what}: the GPU's memory ran out ({said}); again with {changed}")
 
     def apply(self, batches: list[Batch]) -> None:
@@ -94,6 +102,7 @@ class Fitting:
         """Cuts batches as an earlier run did, step by step, whose hidden states are to take their place."""
         for step in steps:
             self.rows = int(step["batch_size"])
+            self.passes = max(self.passes, min(int(step.get("passes", 1)), self.most))
             self.apply(batches)
 
     def take(self) -> list[Step]:

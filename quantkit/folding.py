@@ -16,6 +16,7 @@ from quantkit.checkpoint import DTYPES
 from quantkit.errors import InputError
 from quantkit.links import Link
 from quantkit.observation import Observed
+from quantkit.passes import Passes
 from quantkit.plan import Plan
 from quantkit.progress import Progress
 from quantkit.ranks import ALONE, Ranks
@@ -30,18 +31,19 @@ def fold(
     plan: Plan,
     block: blocks.Block,
     batch: blocks.Batch,
-    seen: Observed,
+    passes: Passes,
     progress: Progress,
     ranks: Ranks = ALONE,
 ) -> list[dict[str, Any]]:
     """Applies the recipe's scaling transforms, in their order, to a loaded block. Leaves its parameters in float32.
 
     batch  the block is checked on its first row
-    seen   statistics of the block's inputs; those behind a fold are replaced by what they became
+    passes the statistics of the block's inputs, which are told of each fold
     ranks  each chooses scales by the statistics that it has; rank 0 folds and checks, the others take its weights
     Returns a line a fold for the report: transform, producer, consumers, smallest and largest scale.
     """
     ghost = plan.skeleton
+    passes.keep()
     for name in ghost.parameters(block.name + "."):
         tensor = ghost.get(name)
         if tensor.is_floating_point():
@@ -53,9 +55,7 @@ def fold(
     for transform in plan.recipe.transforms:
         if not hasattr(transform.module, "scales"):
             continue
-        notes = Notes()
-        here = {i: x for i, x in enumerate(links) if _where(x, seen) == ranks.rank}
-        found = {i: _scales(plan, x, transform, seen, notes) for i, x in here.items()}
+        found, notes = _chosen(plan, links, transform, passes, ranks)
         wanted = _known(found, links, ranks, device)
         done: dict[Link, torch.Tensor] = {}
         if ranks.first:
@@ -72,16 +72,49 @@ def fold(
             _same_weights(plan, block, ranks, device)
             notes = Notes([line for lines in ranks.everyone(notes.lines) for line in lines])
         for link, s in done.items():
-            _follow(seen, link, link.spread(s))
+            passes.follow(link, link.spread(s))
             report.append(_line(transform.name, link, s))
         for line in notes.lines:
             progress.warn(f"{transform.name}: {line}")
     return report
 
 
-def _scales(plan: Plan, link: Link, transform: Transform, seen: Observed, notes: Notes) -> torch.Tensor | None:
+def _chosen(
+    plan: Plan, links: list[Link], transform: Transform, passes: Passes, ranks: Ranks
+) -> tuple[dict[int, torch.Tensor | None], Notes]:
+    """What a transform chooses for the links whose statistics this rank has, by their numbers; what it has to say."""
+    found: dict[int, torch.Tensor | None] = {}
+    said: dict[int, list[str]] = {}
+    left = dict(enumerate(links))
+    for count, (_, seen) in enumerate(passes, 1):
+        last = count == len(passes.parts)
+        for i, link in list(left.items()):
+            mixture = _mixture(link, passes.mixtures)
+            where = None if mixture else next((seen.where[n] for n in link.consumers if n in seen.where), None)
+            # How many tokens reach each expert is known once all were observed.
+            if where is None and not last:
+                continue
+            del left[i]
+            if (where or 0) == ranks.rank:
+                notes = Notes()
+                found[i] = _scales(plan, link, transform, seen, mixture, notes)
+                said[i] = notes.lines
+    return found, Notes([line for i in sorted(said) for line in said[i]])
+
+
+def _mixture(link: Link, mixtures: tuple[str, ...]) -> str | None:
+    """The module of experts that a norm's link leads into: their input is its own, the statistics of all tokens."""
+    if link.kind != "norm":
+        return None
+    return next((m for m in mixtures if any(name.startswith(m + ".") for name in link.consumers)), None)
+
+
+def _scales(
+    plan: Plan, link: Link, transform: Transform, seen: Observed, mixture: str | None, notes: Notes
+) -> torch.Tensor | None:
     """What a transform chooses for a link; None to leave it as it is."""
-    stats = _stats(link, seen)
+    names = link.consumers if mixture is None else (mixture,)
+    stats = next((seen.stats[name] for name in names if name in seen.stats), None)
     if stats is None or not stats.tokens:
         return None
     consumers = []
@@ -102,13 +135,6 @@ def _scales(plan: Plan, link: Link, transform: Transform, seen: Observed, notes:
     return found
 
 
-def _where(link: Link, seen: Observed) -> int:
-    """The rank that has the statistics which `_stats` gives; rank 0 where all have them, or none."""
-    if link.kind == "norm" and any(_owner(name, seen) is not None for name in link.consumers):
-        return 0
-    return next((seen.where[name] for name in link.consumers if name in seen.where), 0)
-
-
 def _known(
     found: dict[int, torch.Tensor | None], links: list[Link], ranks: Ranks, device: torch.device
 ) -> dict[Link, torch.Tensor]:
@@ -126,36 +152,10 @@ def _same_weights(plan: Plan, block: blocks.Block, ranks: Ranks, device: torch.d
         ghost.put(name, tensor)
 
 
-def _stats(link: Link, seen: Observed) -> Stats | None:
-    """The statistics of the link's consumers' input; where experts read it, of all tokens."""
-    owned = [owner for name in link.consumers if (owner := _owner(name, seen)) is not None]
-    own = [seen.stats[name] for name in link.consumers if name in seen.stats]
-    return seen.stats[owned[0]] if owned and link.kind == "norm" else own[0] if own else None
-
-
-def _owner(name: str, seen: Observed) -> str | None:
-    """The module that holds the expert which a linear belongs to."""
-    expert = name.rpartition(".")[0]
-    return expert.rpartition(".")[0] if expert in seen.tokens else None
-
-
 def _share(name: str, seen: Observed, stats: Stats) -> float:
     """Of all tokens, how many reach a linear."""
     tokens = seen.tokens.get(name.rpartition(".")[0])
     return 1.0 if tokens is None else tokens / max(stats.tokens, 1)
-
-
-def _follow(seen: Observed, link: Link, s_K: torch.Tensor) -> None:
-    """The statistics of x become those of x / s, for every linear that reads it."""
-    names = {name for name in link.consumers if name in seen.stats}
-    if link.kind == "norm":
-        names |= {owner for name in link.consumers if (owner := _owner(name, seen)) is not None}
-    became: dict[int, Stats] = {}
-    for name in sorted(names):
-        old = seen.stats[name]
-        if id(old) not in became:
-            became[id(old)] = old.divided(s_K.to(s_K.device))
-        seen.stats[name] = became[id(old)]
 
 
 def _line(transform: str, link: Link, s: torch.Tensor) -> dict[str, Any]:

@@ -6,7 +6,7 @@ have given them is observed too, and their own statistics are drawn towards it (
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -15,7 +15,8 @@ from torch import nn
 
 from quantkit import blocks, kv_cache
 from quantkit.errors import InputError
-from quantkit.experts import Experts, shrink
+from quantkit.experts import Experts, inside, shrink
+from quantkit.links import Link
 from quantkit.ranks import ALONE, Parcel, Ranks
 from quantkit.stats import BLOCK, SAMPLE, Observer, counted, strips_of
 from quantkit.types import Notes, Stats
@@ -45,6 +46,7 @@ def observe(
     peaks: kv_cache.Peaks | None = None,
     prior: float = 1.0,
     all_experts: bool = False,
+    dense: bool = True,
     ranks: Ranks = ALONE,
     owners: Mapping[str, int] | None = None,
 ) -> Observed:
@@ -56,17 +58,17 @@ def observe(
     all_experts  every expert is observed on all tokens, whatever the router chooses
     ranks  who else runs the block: each has every size-th batch, as `share` in the pipeline deals them
     owners the rank that gets the statistics of a group, by its first linear
-    Where a batch carries the dense model's hidden states, they are taken through the block as well (`Batch.onward`).
+    dense  where a batch carries the dense model's hidden states, take them through the block as well (`Batch.onward`)
     Raises InputError naming the linear whose input holds NaN or Inf.
     """
     seen = _Seen(model, block, batches, needs, ranks, owners or {}, all_experts)
     module = model.get_submodule(block.name)
     for batch in batches:
-        dense: dict[str, torch.Tensor] = {}
-        if batch.dense is not None:
-            with blocks.watched(model, seen.drifting, dense.__setitem__):
+        beside: dict[str, torch.Tensor] = {}
+        if dense and batch.dense is not None:
+            with blocks.watched(model, seen.drifting, beside.__setitem__):
                 batch.onward = blocks.store(blocks.run(module, batch, block.index, hidden=batch.dense), batch.onward)
-        with seen.watching(batch, dense):
+        with seen.watching(batch, beside):
             if peaks is None:
                 blocks.run(module, batch, block.index)
             else:
@@ -106,20 +108,17 @@ class _Seen:
         self.experts: dict[str, Experts] = {}
         self.needs: dict[str, frozenset[str]] = {}  # of each input that is observed: a group's, an `Experts`' own
         self.widths: dict[str, int] = {}
-        inside = {f"{block.name}.{name}" if name else block.name: m for name, m in _experts(model, block)}
+        mixtures = dict(inside(model, block.name))
         for group in block.groups:
             wanted = frozenset().union(*(needs.get(name, frozenset()) for name in group))
-            owner = next((name for name in inside if group[0].startswith(name + ".")), None)
-            if owner is not None:
-                # Routes differ between the dense and the quantized model, so their tokens cannot be paired.
-                wanted -= {"drift"}
+            owner = next((name for name in mixtures if group[0].startswith(name + ".")), None)
             if not wanted:
                 continue
             self.groups[group[0]] = group
             self.needs[group[0]], self.widths[group[0]] = wanted, model.get_parameter(f"{group[0]}.weight").shape[1]
             if owner is not None and owner not in self.experts:
-                self.experts[owner] = inside[owner]
-                self.needs[owner], self.widths[owner] = wanted | {"sample"}, inside[owner].width
+                self.experts[owner] = mixtures[owner]
+                self.needs[owner], self.widths[owner] = wanted | {"sample"}, mixtures[owner].width
         self.owner = {n: o for n in self.groups for o in self.experts if n.startswith(o + ".")}
         self.where = {key: owners.get(key, 0) for key in self.needs}
         self.strips = _divided(self.needs, self.widths, self.where, ranks.size)
@@ -247,6 +246,22 @@ class _Seen:
         return shrink(stats, everyone, prior, notes=notes)
 
 
+def follow(seen: Observed, link: Link, s_K: torch.Tensor, mixtures: Iterable[str] = ()) -> None:
+    """The statistics of x become those of x / s (K,), for all that read a link's channels and were observed.
+
+    mixtures  names of the modules that hold experts: their own input is that of a norm's link into them
+    """
+    names = set(link.consumers)
+    if link.kind == "norm":
+        names |= {owner for owner in mixtures if any(name.startswith(owner + ".") for name in link.consumers)}
+    became: dict[int, Stats] = {}
+    for name in sorted(names & seen.stats.keys()):
+        old = seen.stats[name]
+        if id(old) not in became:
+            became[id(old)] = old.divided(s_K.to(s_K.device))
+        seen.stats[name] = became[id(old)]
+
+
 def everywhere(mine: Mapping[int, Stats], ranks: Ranks, device: torch.device) -> list[Stats]:
     """Numbered statistics, each on one rank, on all ranks: by their numbers, 0, 1, 2, ..."""
     if ranks.alone:
@@ -281,8 +296,3 @@ def _divided(
             found[key][where[key]].remove(start)
             found[key].setdefault(rank, []).append(start)
     return found
-
-
-def _experts(model: nn.Module, block: blocks.Block) -> list[tuple[str, Experts]]:
-    inside = model.get_submodule(block.name).named_modules()
-    return [(name, module) for name, module in inside if isinstance(module, Experts)]

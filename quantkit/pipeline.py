@@ -17,7 +17,7 @@ the output is good: that is for validation, after a reload from disk.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -29,12 +29,14 @@ from quantkit import (
     blocks,
     calibration,
     calibration_rows,
+    estimate,
     experts,
     folding,
     hidden,
     kv_cache,
     observation,
     output,
+    passes,
     shares,
     solve,
     streaming,
@@ -118,6 +120,11 @@ def quantize(
     size = plan.recipe.export.shard_bytes
     writer = ShardWriter(folder, plan.specs, size, shards, finished.written) if ranks.first else shares.Nowhere()
     fitting = Fitting(plan.recipe.calibration.batch_size, hidden.to_host, progress, ranks.alone)
+    if rows is not None:
+        fitting.passes = ranks.told(estimate.passes_needed(plan, device, ranks.size) if ranks.first else None)
+        fitting.most = passes.most(plan, device)
+        if fitting.passes > 1:
+            progress.say(f"experts' statistics: {estimate.experts_said(plan, device, fitting.passes, ranks.size)}")
     run = Run(plan, writer, device, dtype, progress, timed, ranks, finished, fitting)
     with ExitStack() as ends:
         ends.callback(writer.abort)
@@ -246,16 +253,13 @@ def _rounded(
         with profile("transform"):
             folding.check_rotation(plan, plan.rotation, block, batches[0], run.device)
     peaks = kv_cache.Peaks() if plan.caches else None
-    with profile("observe"):
-        seen = _observe(run, block, batches, None if plan.links else peaks)
+    statistics = _passes(run, block, batches, peaks)
+    statistics.at(0)
     if plan.links:
         run.progress.doing("transform")
         with profile("transform"):
-            run.found.folds += folding.fold(plan, block, batches[0], seen, run.progress, run.ranks)
-        with profile("observe"):
-            _observe_folded(run, block, batches, seen, peaks)
-    run.fitting.solving = not hasattr(plan.recipe.method.module, "quantize_block")
-    return _solve(run, block, batches, seen), peaks
+            run.found.folds += folding.fold(plan, block, batches[0], statistics, run.progress, run.ranks)
+    return _solve(run, block, batches, statistics, peaks), peaks
 
 
 def _run_on(run: Run, block: blocks.Block, batches: list[blocks.Batch]) -> None:
@@ -277,75 +281,99 @@ def _run_on(run: Run, block: blocks.Block, batches: list[blocks.Batch]) -> None:
     run.fitting.apply(batches)
 
 
-def _observe(
-    run: Run, block: blocks.Block, batches: list[blocks.Batch], peaks: kv_cache.Peaks | None
-) -> observation.Observed:
+def _passes(run: Run, block: blocks.Block, batches: list[blocks.Batch], peaks: kv_cache.Peaks | None) -> passes.Passes:
     """The statistics of this block's inputs that the method, the transforms and the schemes of inputs ask for."""
-    plan = run.plan
-    needs = {name: plan.needs(plan.linears[name]) for name in block.linears}
-    if plan.links:
-        needs = {name: wanted - {"magnitudes"} for name, wanted in needs.items()}
-    if peaks is None and not any(needs.values()) and batches[0].dense is None:
+    plan, wanted = run.plan, run.plan.recipe.calibration
+    parts = passes.divided(plan, block, run.fitting.passes, shares.owners(block, plan, run.ranks.size), run.device)
+
+    def observe(part: int) -> observation.Observed:
+        needs = {name: plan.needs(plan.linears[name]) for group in parts[part] for name in group}
+        if plan.links:  # otherwise after the folds
+            needs = {name: x - {"magnitudes"} for name, x in needs.items()}
+        return _observe(run, block, batches, part, needs, None if plan.links else peaks)
+
+    def told(tokens: Mapping[str, int], notes: Iterable[str]) -> None:
+        run.found.experts |= tokens
+        for line in (*notes, *experts.few(plan.skeleton.model, {} if wanted.all_experts else tokens)):
+            run.progress.warn(line)
+
+    return passes.Passes(plan, block, parts, observe, told)
+
+
+def _observe(
+    run: Run,
+    block: blocks.Block,
+    batches: list[blocks.Batch],
+    part: int,
+    needs: Mapping[str, frozenset[str]],
+    peaks: kv_cache.Peaks | None,
+) -> observation.Observed:
+    """Statistics of a part of a block's inputs; with the first, what is observed besides."""
+    first, dense = part == 0, part == 0 and batches[0].dense is not None
+    if not any(needs.values()) and not (first and peaks) and not dense:
         return observation.Observed()
-    run.progress.doing("observe")
-    wanted, owners = plan.recipe.calibration, shares.owners(block, plan, run.ranks.size)
-    how: dict[str, Any] = {"prior": wanted.expert_prior, "all_experts": wanted.all_experts}
-    seen = observation.observe(
-        plan.skeleton.model, block, batches, needs, peaks=peaks, ranks=run.ranks, owners=owners, **how
-    )
-    run.found.experts |= seen.tokens
-    for line in dict.fromkeys(seen.notes):
-        run.progress.warn(line)
-    for line in experts.few(plan.skeleton.model, {} if wanted.all_experts else seen.tokens):
-        run.progress.warn(line)
-    return seen
+    run.progress.doing("observe" if first else f"observe, part {part + 1}")
+    run.fitting.solving = False
+    wanted, owners = run.plan.recipe.calibration, shares.owners(block, run.plan, run.ranks.size)
+    how: dict[str, Any] = {"prior": wanted.expert_prior, "all_experts": wanted.all_experts, "dense": dense}
+    how |= {"peaks": peaks if first else None, "ranks": run.ranks, "owners": owners}
+    with run.profile("observe"):
+        return observation.observe(run.plan.skeleton.model, block, batches, needs, **how)
 
 
 def _observe_folded(
     run: Run,
     block: blocks.Block,
     batches: list[blocks.Batch],
+    part: int,
     seen: observation.Observed,
     peaks: kv_cache.Peaks | None,
 ) -> None:
     """What a fold changes in ways that cannot be reckoned: a histogram over all channels, the peaks of values."""
     plan = run.plan
-    needs = {name: plan.needs(plan.linears[name]) & {"magnitudes"} for name in block.linears}
-    if peaks is None and not any(needs.values()):
-        return
-    owners = shares.owners(block, plan, run.ranks.size)
-    every = plan.recipe.calibration.all_experts
-    again = observation.observe(
-        plan.skeleton.model, block, batches, needs, peaks=peaks, all_experts=every, ranks=run.ranks, owners=owners
-    )
+    needs = {name: plan.needs(plan.linears[name]) & {"magnitudes"} for name in seen.where}
+    again = _observe(run, block, batches, part, needs, peaks)
     for name, stats in again.stats.items():
         if name in seen.stats:
             seen.stats[name] = replace(seen.stats[name], magnitudes=stats.magnitudes)
 
 
 def _solve(
-    run: Run, block: blocks.Block, batches: list[blocks.Batch], seen: observation.Observed
+    run: Run,
+    block: blocks.Block,
+    batches: list[blocks.Batch],
+    statistics: passes.Passes,
+    peaks: kv_cache.Peaks | None,
 ) -> dict[str, solve.Solved]:
     """Codes of every linear of the block that is quantized, by name in memory; the decoded weights are in place."""
-    with run.profile("quantize"):
-        if hasattr(run.plan.recipe.method.module, "quantize_block"):
-            found = tuning.tune(run.plan, block, batches, seen.stats, run.progress, run.ranks)
-        else:
-            found = _solve_each(run, block, seen)
+    found: list[solve.Solved] = []
+    for part, seen in statistics:
+        if run.plan.links:
+            _observe_folded(run, block, batches, part, seen, peaks)
+        with run.profile("quantize"):
+            if hasattr(run.plan.recipe.method.module, "quantize_block"):
+                found += tuning.tune(run.plan, block, batches, seen.stats, run.progress, run.ranks)
+            else:
+                run.fitting.solving = True
+                found += _solve_each(run, block, statistics.parts[part], seen)
+    place = {name: i for i, group in enumerate(block.groups) for name in group}
+    found.sort(key=lambda x: place[x.layer.module])
     for x in found:
         # What an engine multiplies with is rounded to the model's dtype.
-        run.plan.skeleton.put(f"{x.layer.module}.weight", x.decoded_NK.to(DTYPES[x.layer.dtype]).to(run.dtype))
+        run.plan.skeleton.put(f"{x.layer.module}.weight", x.decoded().to(DTYPES[x.layer.dtype]).to(run.dtype))
         run.record(x)
     return {x.layer.module: x for x in found}
 
 
-def _solve_each(run: Run, block: blocks.Block, seen: observation.Observed) -> list[solve.Solved]:
+def _solve_each(
+    run: Run, block: blocks.Block, groups: Iterable[passes.Group], seen: observation.Observed
+) -> list[solve.Solved]:
     """Layers that share an input together, and experts of one shape at once; frees their statistics."""
     linears, model = run.plan.linears, run.plan.skeleton.model
     owners = shares.owners(block, run.plan, run.ranks.size)
     stacks: list[list[Linear]] = []
     tasks: dict[int, solve.Task] = {}  # of this rank
-    for group in block.groups:
+    for group in groups:
         for alike in solve.by_scheme([linears[m] for m in group if linears[m].scheme is not None]):
             if owners[group[0]] == run.ranks.rank:
                 weights = [model.get_submodule(x.module).weight for x in alike]
@@ -354,7 +382,7 @@ def _solve_each(run: Run, block: blocks.Block, seen: observation.Observed) -> li
         for m in group:
             seen.stats.pop(m, None)
     found: dict[int, list[solve.Solved]] = {}
-    for places in solve.together(run.plan, tasks):
+    for places in solve.together(run.plan, {i: task.layers for i, task in tasks.items()}, run.device):
         run.progress.doing(f"quantize {len(found) + 1}/{len(found) + len(tasks)}")
         found |= zip(places, solve.solve_many(run.plan, [tasks.pop(i) for i in places]), strict=True)
     return shares.exchange(stacks, found, run.ranks, run.device)

@@ -10,11 +10,13 @@ import functools
 from dataclasses import dataclass, replace
 from typing import Any
 
+from pydantic import BaseModel
 from transformers import AutoTokenizer
 
 from quantkit import blocks, formats, hub, kv_cache, links, lint, skeleton
 from quantkit.checkpoint import NAMES, nbytes
 from quantkit.errors import InputError
+from quantkit.experts import inside
 from quantkit.formats import compressed_tensors
 from quantkit.linears import Linear, decide, whole
 from quantkit.lint.described import Described, Layer
@@ -75,13 +77,26 @@ class Plan:
         """The statistics of a layer's input that are asked for: by the method, a transform, the scheme of the input."""
         found: frozenset[str] = frozenset()
         if layer.scheme is not None:
-            found |= self.recipe.method.module.needs(self.recipe.method_options)
+            found |= self.recipe.method.module.needs(self.options(layer))
             if layer.scheme.calibrates_input and layer.scheme.activations is not None:
                 counted = not layer.scheme.activations.dynamic and self.recipe.calibration.input_scale != "absmax"
                 found |= {"absmax", "magnitudes"} if counted else {"absmax"}
         if layer.module in self.folded_into:
             found = found.union(*(t.module.needs(t.options) for t in self.recipe.transforms))
         return found
+
+    def options(self, layer: Linear) -> BaseModel:
+        """The method's options for a layer: experts are not moved towards the dense model, which has other routes."""
+        options = self.recipe.method_options
+        if getattr(options, "pre_shift", 0) and layer.module in self.routed:
+            return options.model_copy(update={"pre_shift": 0.0})
+        return options
+
+    @functools.cached_property
+    def routed(self) -> frozenset[str]:
+        """Linears of experts, by name in memory: they see the tokens that a router gives them."""
+        mixtures = tuple(f"{name}." for name, _ in inside(self.skeleton.model, ""))
+        return frozenset(name for name in self.linears if name.startswith(mixtures))
 
     @functools.cached_property
     def folded_into(self) -> frozenset[str]:

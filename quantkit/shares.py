@@ -10,7 +10,6 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
-from quantkit import numerics
 from quantkit.blocks import Block
 from quantkit.calibration import Rows
 from quantkit.errors import InputError
@@ -137,4 +136,4 @@ def _whole(layer: Linear, parts: Mapping[str, torch.Tensor], report: dict[str, o
     inputs = None
     if "input_scale" in parts:
         inputs = QParams(parts["input_scale"], parts.get("input_zero"), parts.get("input_global"))
-    return Solved(layer, q, inputs, numerics.dequantize(q), report)
+    return Solved(layer, q, inputs, report)

@@ -32,8 +32,11 @@ class Solved:
     layer: Linear
     tensor: QuantizedTensor
     inputs: QParams | None
-    decoded_NK: torch.Tensor
     report: dict[str, Any]
+
+    def decoded(self) -> torch.Tensor:
+        """The weight that the codes stand for, (N, K) float32. Made anew: held, it would be four times the codes."""
+        return numerics.dequantize(self.tensor)
 
 
 def by_scheme(group: Sequence[Linear]) -> list[list[Linear]]:
@@ -65,7 +68,7 @@ def solve(plan: Plan, layers: Sequence[Linear], weights: Sequence[torch.Tensor],
             torch.cat([w.float() for w in weights]),
             scheme.weights,
             stats,
-            options=recipe.method_options,
+            options=plan.options(layers[0]),
             scale_dtype=scale_dtype(plan, layers[0]),
             notes=notes,
         )
@@ -86,28 +89,27 @@ class Task:
     weights: Sequence[torch.Tensor]
     stats: Stats | None
 
-    def size(self) -> int:
-        """Bytes that it takes to solve: matrices of the size of H, and of the weight."""
-        n, k = sum(x.shape[0] for x in self.layers), self.layers[0].shape[1]
-        return 4 * (5 * k * k + 8 * n * k)
+
+def size(layers: Sequence[Linear]) -> int:
+    """Bytes that it takes to solve layers of one input: matrices of the size of H, and of the weight."""
+    n, k = sum(x.shape[0] for x in layers), layers[0].shape[1]
+    return 4 * (5 * k * k + 8 * n * k)
 
 
-def together(plan: Plan, tasks: Mapping[int, Task]) -> list[list[int]]:
-    """Which tasks are solved at once, by their places: those of one shape and scheme, where the method can on a GPU.
+def together(plan: Plan, stacks: Mapping[int, Sequence[Linear]], device: torch.device) -> list[list[int]]:
+    """Which stacks are solved at once, by their places: those of one shape and scheme, where the method can on a GPU.
 
     How many does not depend on what memory is free: the bytes of an output must not.
     """
     kinds: dict[Any, list[int]] = {}
-    many = hasattr(plan.recipe.method.module, "quantize_many") and not getattr(
-        plan.recipe.method_options, "pre_shift", 0
-    )
-    for i, task in tasks.items():
-        shapes = tuple(x.shape for x in task.layers)
-        alone = not many or not available(task.weights[0].device)
-        kinds.setdefault(i if alone else (shapes, task.layers[0].scheme, task.layers[0].dtype), []).append(i)
+    many = hasattr(plan.recipe.method.module, "quantize_many") and available(device)
+    for i, layers in stacks.items():
+        shapes = tuple(x.shape for x in layers)
+        alone = not many or bool(getattr(plan.options(layers[0]), "pre_shift", 0))
+        kinds.setdefault(i if alone else (shapes, layers[0].scheme, layers[0].dtype), []).append(i)
     found = []
     for places in kinds.values():
-        most = max(1, AT_ONCE // tasks[places[0]].size())
+        most = max(1, AT_ONCE // size(stacks[places[0]]))
         found += [places[start : start + most] for start in range(0, len(places), most)]
     return sorted(found)
 
@@ -124,7 +126,7 @@ def solve_many(plan: Plan, tasks: Sequence[Task]) -> list[list[Solved]]:
             [torch.cat([w.float() for w in task.weights]) for task in tasks],
             first.scheme.weights,
             [task.stats for task in tasks],
-            options=plan.recipe.method_options,
+            options=plan.options(first),
             scale_dtype=scale_dtype(plan, first),
             notes=notes,
         )
@@ -163,7 +165,7 @@ def finish(
         tokens=stats.tokens if stats else 0,
         of="output" if gram is not None else "weight",
     )
-    return Solved(layer, q, input_scales(plan, layer, stats), decoded, found)
+    return Solved(layer, q, input_scales(plan, layer, stats), found)
 
 
 class Tally:

@@ -18,12 +18,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, CompressedTensorsConf
 
 import quantkit
 from quantkit import blocks, convert, experts, inspection, lint, loading, numerics, observation, skeleton
+from quantkit import plan as planning
 from quantkit.algorithms import gptq, rtn
 from quantkit.apart import take_apart
 from quantkit.checkpoint import Checkpoint
 from quantkit.errors import InputError
 from quantkit.experts import Experts, coverage, routers, shrink
 from quantkit.progress import Silent
+from quantkit.recipe import Recipe
 from quantkit.stats import Observer
 from quantkit.types import Notes, Stats, TensorScheme
 
@@ -475,6 +477,21 @@ def test_every_expert_on_all_tokens(kind: str, tmp_path: Path) -> None:
     data = {"samples": 4, "length": 32, "all_experts": True}
     done = quantkit.quantize(recipe(folder, method="gptq", calibration=data), out=tmp_path / "out", device="cpu")
     assert sum(done.summary["experts"].values()) % (4 * 32) == 0
+
+
+@pytest.mark.parametrize("effort, scheme", [("default", "MXFP4A16"), ("best", INT4)])
+def test_efforts_that_move_weights_towards_the_dense_model(effort: str, scheme: Any, tmp_path: Path) -> None:
+    """Attention is moved; experts are not, since the dense model sends them other tokens."""
+    folder = tiny.save(tmp_path / "model", "qwen3-moe")
+    data = {"samples": 4, "length": 32}
+    what = {**recipe(folder, scheme=scheme, calibration=data, export={"engines": ["transformers"]}), "effort": effort}
+    del what["method"]
+    done = quantkit.quantize(what, out=tmp_path / "out", device="cpu")
+    plan = planning.make(Recipe.from_any(what))
+    needs = {x.name: plan.needs(x) for x in plan.quantized}
+    assert {name for name, wanted in needs.items() if "drift" in wanted} == {n for n in needs if "self_attn" in n}
+    assert max(x["relative_error"] for x in done.summary["layers"]) < 0.1
+    assert logits(quantkit.load(done.out, dtype=torch.float32)).isfinite().all()
 
 
 def test_a_router_that_sends_everything_to_one_expert(tmp_path: Path) -> None:

@@ -65,6 +65,7 @@ LAYERS = (
         "quantkit.pinning",
         "quantkit.hardware",
         "quantkit.room",
+        "quantkit.passes",
         "quantkit.estimate",
         "quantkit.rehearsal",
         "quantkit.output",

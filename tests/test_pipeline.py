@@ -100,14 +100,14 @@ def test_the_next_block_sees_the_decoded_weights(tmp_path):
     settled = Recipe.from_any(recipe(folder))
     plan = planning.make(settled)
     seen = {}
-    solve = pipeline._solve
+    solve = pipeline._solve_each
 
-    def spy(run, block, batches, observed):
+    def spy(run, block, groups, observed):
         seen.update(observed.stats)
-        return solve(run, block, batches, observed)
+        return solve(run, block, groups, observed)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "_solve", spy)
+        patch.setattr(pipeline, "_solve_each", spy)
         (tmp_path / "out").mkdir()
         pipeline.quantize(plan, tmp_path / "out", device=torch.device("cpu"), progress=quantkit.progress.Silent())
     shutil.copy(folder / "config.json", tmp_path / "out" / "plain.json")

@@ -108,7 +108,8 @@ def test_the_statistics_that_followed_a_fold_are_those_of_the_folded_model(tmp_p
     compared: list[float] = []
     original = pipeline._solve
 
-    def spy(run: Any, block: Any, batches: Any, seen: Any) -> Any:
+    def spy(run: Any, block: Any, batches: Any, statistics: Any, peaks: Any) -> Any:
+        seen = statistics.at(0)
         for first, *_ in block.groups:
             inputs: list[torch.Tensor] = []
 
@@ -123,7 +124,7 @@ def test_the_statistics_that_followed_a_fold_are_those_of_the_folded_model(tmp_p
             x = torch.cat([i.reshape(-1, i.shape[-1]) for i in inputs]).double()
             gram = seen.stats[first].gram_KK.double()
             compared.append(float((gram - x.T @ x / len(x)).norm() / gram.norm()))
-        return original(run, block, batches, seen)
+        return original(run, block, batches, statistics, peaks)
 
     (tmp_path / "out").mkdir()
     with pytest.MonkeyPatch.context() as patch:

@@ -59,7 +59,7 @@ class Options(BaseModel):
         ge=0,
         le=1,
         description="How far the weight is moved first towards what makes up for the layers before it: 0 not at all, "
-        "1 all the way. Runs the dense model beside the quantized one.",
+        "1 all the way. Runs the dense model beside the quantized one. Experts of a mixture are not moved.",
     )
     sweeps: int = Field(
         2, ge=0, le=100, description="Rounds of least-squares scales and coordinate descent on the codes afterwards."

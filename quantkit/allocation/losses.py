@@ -160,8 +160,9 @@ def _round(
             for done, w in zip(solve.solve(plan, alike, own, stats[alike[0].module]), own, strict=True):
                 scheme = done.layer.scheme
                 assert scheme is not None
-                q = None if scheme.activations is None else done.decoded_NK
-                found[done.layer.module] = Rounded(scheme, done.decoded_NK - w, q, _static(done.inputs))
+                decoded = done.decoded()
+                q = None if scheme.activations is None else decoded
+                found[done.layer.module] = Rounded(scheme, decoded - w, q, _static(done.inputs))
     return found
 
 
