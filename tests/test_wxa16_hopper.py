@@ -19,11 +19,13 @@ LAYOUT = "NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
 
 
 def compiled(case: tuple[str, str, int], one: Choice, dtype: torch.dtype = torch.bfloat16, dividing: int = 0) -> Any:
-    from quantkit_kernels import _hopper_launch, _wxa16_hopper
+    from quantkit_kernels import _wxa16_hopper, _wxa16_launch
 
     kind, scale, group = case
-    found = _unpacking._constants(kind, scale, group, wxa16.FLOATS[dtype], "before" if group else "end", True, dividing)
-    constants = {name: found[name] for name in _hopper_launch.USED}
+    found = _unpacking.constants_of(
+        kind, scale, group, wxa16.FLOATS[dtype], "before" if group else "end", True, dividing
+    )
+    constants = {name: found[name] for name in _wxa16_launch.USED}
     constants |= {"WHERE": "before" if group else "end", "BM": one.block_m, "BN": one.block_n, "STAGES": one.stages}
     constants |= {"GROUP_M": one.group_m, "WARPS": one.warps, "BIAS": True, "COPIED": True}
     name = wxa16.FLOATS[dtype]

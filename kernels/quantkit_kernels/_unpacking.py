@@ -20,7 +20,7 @@ def constants(packed: Packed, dtype: torch.dtype, where: str, assembly: bool) ->
     assembly  false: the plain twin
     """
     dividing = global_mode(packed)
-    return _constants(packed.kind, packed.scale_dtype, packed.group, FLOATS[dtype], where, assembly, dividing)
+    return constants_of(packed.kind, packed.scale_dtype, packed.group, FLOATS[dtype], where, assembly, dividing)
 
 
 def global_mode(packed: Packed) -> int:
@@ -31,7 +31,7 @@ def global_mode(packed: Packed) -> int:
 
 
 @functools.lru_cache(maxsize=256)
-def _constants(
+def constants_of(
     kind: str, scale_dtype: str, group: int, dtype: str, where: str, assembly: bool, dividing: int
 ) -> dict[str, object]:
     from quantkit_kernels._unpack_ptx import assembly as text

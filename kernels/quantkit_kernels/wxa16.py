@@ -22,17 +22,20 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from quantkit_kernels import layout
-from quantkit_kernels._launch import direct, launch
+from quantkit_kernels._launch import direct
 from quantkit_kernels._unpacking import FLOATS, constants, global_mode
-from quantkit_kernels.choice import Choice, Gpu, Problem, choose, gpu_of, mma_sync, resident
+from quantkit_kernels._wxa16_launch import Gemm, Hopper, prepared
+from quantkit_kernels.choice import Choice, Problem, choose, gpu_of
 from quantkit_kernels.layout import Packed
 
 MaybeTensor = torch.Tensor | None
+Ready = tuple[Choice, Gemm | Hopper | None, tuple[int, int, int, bool, int]]
 
 
 def linear(
@@ -174,30 +177,50 @@ def _cuda(
 
 
 def _run(x: torch.Tensor, packed: Packed, bias: MaybeTensor, order: MaybeTensor, counters: MaybeTensor) -> torch.Tensor:
-    p, gpu = packed, gpu_of(x.device)
-    if x.dtype not in FLOATS or gpu.capability < 80:
+    p, whole = packed, 0 if packed.global_scale is None else packed.global_scale.numel()
+    ready = _ready(
+        (p.kind, p.scale_dtype, p.n, p.k, p.group, x.numel() // max(p.k, 1), x.dtype, x.device),
+        None if bias is None else bias.dtype,
+        whole,
+    )
+    if ready is None:
         return wxa16_linear_reference(
             x, p.codes, p.scale, p.zero, p.global_scale, bias, order, counters, p.kind, p.scale_dtype, p.n, p.k, p.group
         )
-    tokens = x.numel() // max(p.k, 1)
-    choice, sizes = _chosen(p.kind, p.scale_dtype, p.n, p.k, p.group, tokens, x.dtype, gpu)
-    divided = p.global_scale is not None and p.global_scale.numel() in (1, p.n)
-    measured = (x.shape[-1], p.codes.numel(), p.scale.numel(), p.zero is not None, divided)
+    choice, product, sizes = ready
+    measured = (x.shape[-1], p.codes.numel(), p.scale.numel(), p.zero is not None, whole)
     if measured != sizes or bias is not None or order is not None or not p.codes.is_contiguous():
         _check(x, packed, bias, order, counters)
-    return run_with(choice, x, packed, bias, order, counters)
+    if product is None or order is not None or not x.is_contiguous():
+        return run_with(choice, x, packed, bias, order, counters)
+    y = x.new_empty((*x.shape[:-1], p.n))
+    product(x, packed, bias, counters, y)
+    return y
 
 
 @functools.lru_cache(maxsize=4096)
-def _chosen(
-    kind: str, scale_dtype: str, n: int, k: int, group: int, tokens: int, dtype: torch.dtype, gpu: Gpu
-) -> tuple[Choice, tuple[int, int, int, bool, bool]]:
-    """The configuration, and what `_check` makes sure of, in numbers that are compared at once."""
+def _ready(what: tuple[Any, ...], bias_dtype: torch.dtype | None, whole: int) -> Ready | None:
+    """What is known before a product, None where no kernel runs: the configuration; what starts it; and what `_check`
+    makes sure of, in numbers that are compared at once.
+
+    what   kind, scale_dtype, n, k, group, tokens, and the dtype and device of x, which is contiguous
+    whole  how many global scales there are
+    """
+    kind, scale_dtype, n, k, group, tokens, dtype, device = what
+    gpu = gpu_of(device)
+    if dtype not in FLOATS or gpu.capability < 80:
+        return None
     high = layout.padded_rows(n)
     codes = layout.lines(kind, k) * high * layout.get(kind).words
     scales = math.prod(layout.geometry(kind, scale_dtype, k, group).shape(n))
-    made = choose(Problem(kind, scale_dtype, n, k, group, tokens, FLOATS[dtype]), gpu)
-    return made, (k, codes, scales, layout.zero_mode(kind, scale_dtype) == 2, kind == "nvfp4")
+    right = whole in (1, n) if kind == "nvfp4" else whole == 0
+    sizes = (k, codes, scales, layout.zero_mode(kind, scale_dtype) == 2, whole if right else -1)
+    problem = Problem(kind, scale_dtype, n, k, group, tokens, FLOATS[dtype])
+    choice = choose(problem, gpu)
+    product = None
+    if choice.path != "dequant" and tokens and n:
+        product = prepared(choice, problem, gpu, k, bias_dtype, dtype, device.type == "cuda", min(whole, 2))
+    return choice, product, sizes
 
 
 def run_with(
@@ -226,88 +249,17 @@ def run_with(
     if out is None:
         out = torch.empty(flat.shape[0], packed.n, dtype=out_dtype or x.dtype, device=x.device)
     if flat.shape[0] and packed.n:
-        launch = _dequantized if choice.path == "dequant" else _hopper if choice.path == "hopper" else _gemm
-        if x.is_cuda:
+        assembly = assembly and x.is_cuda
+        if choice.path == "dequant":
             with torch.cuda.device_of(x):
-                launch(choice, flat, packed, bias, counters, out, assembly)
+                _dequantized(choice, flat, packed, bias, out, assembly)
         else:
-            launch(choice, flat, packed, bias, counters, out, False)
+            p, bias_dtype = packed, None if bias is None else bias.dtype
+            problem = Problem(p.kind, p.scale_dtype, p.n, p.k, p.group, flat.shape[0], FLOATS[x.dtype])
+            gpu, dividing = gpu_of(x.device), global_mode(packed)
+            product = prepared(choice, problem, gpu, flat.stride(0), bias_dtype, out.dtype, assembly, dividing)
+            product(flat, packed, bias, counters, out)
     return out.view(*x.shape[:-1], packed.n)
-
-
-def _gemm(
-    choice: Choice,
-    x: torch.Tensor,
-    packed: Packed,
-    bias: MaybeTensor,
-    counters: MaybeTensor,
-    out: torch.Tensor,
-    assembly: bool,
-) -> None:
-    m, n, k = x.shape[0], packed.n, packed.k
-    gpu, lines = gpu_of(x.device), packed.codes.shape[0]
-    tiles = -(-m // choice.block_m) * -(-n // choice.block_n)
-    problem = Problem(packed.kind, packed.scale_dtype, n, k, packed.group, m, FLOATS[x.dtype])
-    programs = resident(choice, problem, gpu) if choice.split == 0 else tiles
-    partial = out
-    if choice.split != 1:
-        parts = 2 * programs if choice.split == 0 else tiles * choice.split
-        partial = torch.empty(parts * choice.block_m * choice.block_n, dtype=torch.float32, device=x.device)
-        if counters is None or counters.numel() < tiles:
-            counters = torch.zeros(tiles, dtype=torch.int32, device=x.device)
-
-    def options() -> dict[str, object]:
-        made: dict[str, object] = {"WHERE": choice.where, "BM": choice.block_m, "BN": choice.block_n}
-        made |= {"UNROLL": choice.unroll, "GROUP_M": choice.group_m, "WARPS": choice.warps, "BIAS": bias is not None}
-        made |= {"EVEN": k == lines * layout.get(packed.kind).line and lines % choice.unroll == 0}
-        made |= {"MMA_SYNC": mma_sync(choice.block_m, choice.warps, gpu)}
-        made |= {"num_warps": choice.warps, "num_stages": choice.stages}
-        made |= {"SPLIT": choice.split} if choice.split else {}
-        return made | constants(packed, x.dtype, choice.where, assembly)
-
-    arguments = (
-        x,
-        packed.codes,
-        packed.scale,
-        packed.scale if packed.zero is None else packed.zero,
-        packed.scale if packed.global_scale is None else packed.global_scale,
-        out if bias is None else bias,
-        out,
-        partial,
-        packed.codes if counters is None else counters,
-        m,
-        n,
-        packed.codes.shape[1],
-        k,
-        lines,
-        x.stride(0),
-    )
-    dtypes = (bias is None or bias.dtype, out.dtype)
-    key = (problem._replace(m=0), choice, x.stride(0), *dtypes, assembly, global_mode(packed))
-    if choice.split == 0:
-        from quantkit_kernels import _wxa16_stream
-
-        launch(_wxa16_stream.gemm_stream, (programs,), arguments, options, key)
-        return
-    from quantkit_kernels import _wxa16
-
-    launch(_wxa16.gemm, (tiles, choice.split), arguments, options, key)
-
-
-def _hopper(
-    choice: Choice,
-    x: torch.Tensor,
-    packed: Packed,
-    bias: MaybeTensor,
-    counters: MaybeTensor,
-    out: torch.Tensor,
-    assembly: bool,
-) -> None:
-    from quantkit_kernels._hopper_launch import launch_hopper
-
-    if not assembly:
-        raise ValueError("the kernel for Hopper has no plain twin of its assembly")
-    launch_hopper(choice, x, packed, bias, counters, out, constants(packed, x.dtype, choice.where, True))
 
 
 def decode_rows(packed: Packed, first: int, out: torch.Tensor, *, assembly: bool = True) -> None:
@@ -337,7 +289,6 @@ def _dequantized(
     x: torch.Tensor,
     packed: Packed,
     bias: MaybeTensor,
-    counters: MaybeTensor,
     out: torch.Tensor,
     assembly: bool,
 ) -> None:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 
@@ -63,7 +64,7 @@ class Held:
     rows_held: tuple[int, int] | None = None
     columns_held: tuple[int, int] | None = None
 
-    @property
+    @cached_property
     def shape(self) -> tuple[int, int]:
         """Rows and columns that are held."""
         n, k = self.disk.shape
@@ -92,7 +93,7 @@ class Held:
     def activations(self) -> TensorScheme | None:
         return self.disk.scheme.activations
 
-    @property
+    @cached_property
     def rounds_input(self) -> bool:
         """Whether inputs are rounded before a kernel for weights alone sees them."""
         return self.activations is not None and self.path in ("packed", "plain")

@@ -66,19 +66,15 @@ class Product(nn.Module):
 
     def _on_words(self, x: torch.Tensor) -> torch.Tensor:
         """The path "packed", of an input that is rounded where it has to be."""
-        held = self.held
-        packed = layout.Packed(
-            held.kind,
-            *held.shape,
-            held.group,
-            1,
-            held.scale_dtype,
-            self.codes,
-            self.scale,
-            self._get("zero"),
-            self._global_scale(),
-        )
-        return wxa16.linear(x, packed, self.bias, self._get("order"), self.counters)
+        held, found = self.held, self._parameters
+        if "codes" not in found:  # of a group
+            found = self._buffers
+        whole = found.get("global_scale")
+        if whole is not None:
+            whole = whole.view(torch.float32)
+        codes, scale, zero = found["codes"], found["scale"], found.get("zero")
+        packed = layout.Packed(held.kind, *held.shape, held.group, 1, held.scale_dtype, codes, scale, zero, whole)
+        return wxa16.linear(x, packed, found.get("bias"), found.get("order"), self._buffers.get("counters"))
 
     def _on_codes(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """Inputs as codes, times the weight's."""
@@ -137,10 +133,6 @@ class Product(nn.Module):
     @property
     def _scale_dtype(self) -> torch.dtype:
         return self.held.codes_scale_dtype
-
-    def _global_scale(self) -> torch.Tensor | None:
-        found = self._get("global_scale")
-        return None if found is None else found.view(torch.float32)
 
     def _plain(self, dtype: torch.dtype) -> torch.Tensor:
         w, t = self.held.disk.scheme.weights, self.tensors()
