@@ -126,7 +126,9 @@ def test_a_global_scale_for_each_row_divides_as_one_does(
     modules: dict[str, Any], monkeypatch: pytest.MonkeyPatch, split: int
 ) -> None:
     """Weights on top of each other, as layers that are joined: the bits of each by itself, in sums and decoded."""
-    monkeypatch.setattr(modules["wxa16"], "resident", lambda *_: 1)  # no tile is shared, whose parts would differ
+    monkeypatch.setattr(
+        modules["_wxa16_launch"], "resident", lambda *_: 1
+    )  # no tile is shared, whose parts would differ
     each, k = global_scales(), 288
     p, x = on_top(each), activations(5, k)
     choice = {"block_m": 8, "split": split}

@@ -15,8 +15,7 @@ and what is offloaded to disk needs no dtype that numpy lacks. Codes are laid ou
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -51,6 +50,8 @@ class Held:
     order    columns of a group are brought side by side (GPTQ's act-order)
     factor   the input is multiplied by pre_quant_scale first (ModelOpt's AWQ)
     rows_held, columns_held   the part that is held, where a layer is split over several ranks; None: all
+    shape    rows and columns that are held
+    rounds_input   inputs are rounded before a kernel for weights alone sees them
     """
 
     disk: Disk
@@ -63,13 +64,16 @@ class Held:
     factor: bool = False
     rows_held: tuple[int, int] | None = None
     columns_held: tuple[int, int] | None = None
+    shape: tuple[int, int] = field(init=False, repr=False, compare=False)
+    rounds_input: bool = field(init=False, repr=False, compare=False)
 
-    @cached_property
-    def shape(self) -> tuple[int, int]:
-        """Rows and columns that are held."""
+    def __post_init__(self) -> None:
+        """What is asked for at every product."""
         n, k = self.disk.shape
         rows, columns = self.rows_held or (0, n), self.columns_held or (0, k)
-        return rows[1] - rows[0], columns[1] - columns[0]
+        object.__setattr__(self, "shape", (rows[1] - rows[0], columns[1] - columns[0]))
+        rounds = self.activations is not None and self.path in ("packed", "plain")
+        object.__setattr__(self, "rounds_input", rounds)
 
     def split(self, dim: int, rank: int, ranks: int) -> Held:
         """The part of one rank: of the rows (0) or the columns (1). Raises InputError where it cannot be cut there."""
@@ -92,11 +96,6 @@ class Held:
     @property
     def activations(self) -> TensorScheme | None:
         return self.disk.scheme.activations
-
-    @cached_property
-    def rounds_input(self) -> bool:
-        """Whether inputs are rounded before a kernel for weights alone sees them."""
-        return self.activations is not None and self.path in ("packed", "plain")
 
     @property
     def codes_scale_dtype(self) -> torch.dtype:

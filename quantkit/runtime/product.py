@@ -11,6 +11,7 @@ Gradients reach the input, and are those of the decoded weight; that the input i
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -66,9 +67,8 @@ class Product(nn.Module):
 
     def _on_words(self, x: torch.Tensor) -> torch.Tensor:
         """The path "packed", of an input that is rounded where it has to be."""
-        held, found = self.held, self._parameters
-        if "codes" not in found:  # of a group
-            found = self._buffers
+        held = self.held
+        found: Mapping[str, Any] = self._parameters if "codes" in self._parameters else self._buffers
         whole = found.get("global_scale")
         if whole is not None:
             whole = whole.view(torch.float32)
