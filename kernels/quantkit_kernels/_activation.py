@@ -7,10 +7,13 @@ Without it everything is spelt out in operations that Triton's interpreter gets 
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 
+from quantkit_kernels._launch import Start
 from quantkit_kernels._rounding import nearest, stored
 
 _TILE = 2048  # elements of a program that could have more rows than one
@@ -258,41 +261,45 @@ def quantize(
     form   "int8", "fp8_e4m3", or "none": silu(gate) * up alone, in the dtype of x
     block  columns of a group, a power of two; 0 for whole rows
     """
-    x_MK = _rows(x)
-    m, k = x_MK.shape[0], x_MK.shape[1] // (2 if silu else 1)
+    x_MK, m, stride = _rows(x)
+    k = x.shape[-1] // (2 if silu else 1)
     shape = (*x.shape[:-1], k)
     out = torch.empty(shape, dtype=x.dtype if form == "none" else torch.int8, device=x.device)
     found = form != "none" and mode in ("symmetric", "asymmetric")
     if found:
         scale = torch.empty((-(-k // block), m) if block else (*shape[:-1], 1), device=x.device)
         zero = torch.empty_like(scale, dtype=torch.int8) if mode == "asymmetric" else None
+    if m:
+        start = _start_rows(
+            m, k, stride, block, silu, form, mode, x.dtype, None if scale is None else scale.dtype, hardware
+        )
+        start(x_MK, out, out if scale is None else scale, out if zero is None else zero)
+    codes = out.view(torch.float8_e4m3fn) if form == "fp8_e4m3" else out
+    return (codes, *(t for t in (scale, zero) if found and t is not None))
+
+
+@functools.lru_cache(maxsize=4096)
+def _start_rows(
+    m: int,
+    k: int,
+    stride: int,
+    block: int,
+    silu: bool,
+    form: str,
+    mode: str,
+    dtype: torch.dtype,
+    scale_dtype: torch.dtype | None,
+    hardware: bool,
+) -> Start:
+    """For `quantize`; the dtypes are of x and of a scale that is given."""
     width = block or triton.next_power_of_2(k)
-    if not found:
+    if form == "none" or mode not in ("symmetric", "asymmetric"):
         width = min(width, _TILE)
     tile, warps = _tile(m, width)
     groups = -(-k // width)
-    if m:
-        rows[(-(-m // tile) * groups,)](
-            x_MK,
-            out,
-            out if scale is None else scale,
-            out if zero is None else zero,
-            m,
-            k,
-            groups,
-            x_MK.stride(0),
-            SILU=silu,
-            FORM=form,
-            MODE=mode,
-            DTYPE=_NAMES[x.dtype],
-            HARDWARE=hardware,
-            ROWS=tile,
-            WIDTH=width,
-            num_warps=warps,
-            enable_fp_fusion=False,
-        )
-    codes = out.view(torch.float8_e4m3fn) if form == "fp8_e4m3" else out
-    return (codes, *(t for t in (scale, zero) if found and t is not None))
+    constants = {"SILU": silu, "FORM": form, "MODE": mode, "DTYPE": _NAMES[dtype], "HARDWARE": hardware}
+    constants |= {"ROWS": tile, "WIDTH": width, "num_warps": warps, "enable_fp_fusion": False}
+    return Start(rows, (-(-m // tile) * groups,), (m, k, groups, stride), constants)
 
 
 def rms_norm(
@@ -306,45 +313,45 @@ def rms_norm(
     hardware: bool = True,
 ) -> tuple[torch.Tensor, ...]:
     """Normed values, or codes and scale (..., 1) or (G, M); then x + residual if there is one."""
-    x_MK, weight = _rows(x), weight.contiguous()
-    residual_MK = x_MK if residual is None else _rows(residual)
-    m, k = x_MK.shape
+    (x_MK, m, stride), k = _rows(x), x.shape[-1]
+    residual_MK, _, residual_stride = (x_MK, m, stride) if residual is None else _rows(residual)
     out = torch.empty(x.shape, dtype=x.dtype if form == "none" else torch.int8, device=x.device)
-    scale = torch.empty((-(-k // block), m) if block else (*x.shape[:-1], 1), device=x.device)
+    scale = out
+    if form != "none":
+        scale = torch.empty((-(-k // block), m) if block else (*x.shape[:-1], 1), device=x.device)
     total = out if residual is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    width = max(block, triton.next_power_of_2(k))
-    tile, warps = _tile(m, width)
     if m:
-        norm[(-(-m // tile),)](
-            x_MK,
-            residual_MK,
-            weight,
-            out,
-            scale,
-            total,
-            m,
-            k,
-            x_MK.stride(0),
-            residual_MK.stride(0),
-            eps,
-            RESIDUAL=residual is not None,
-            FORM=form,
-            DTYPE=_NAMES[x.dtype],
-            HARDWARE=hardware,
-            ROWS=tile,
-            WIDTH=width,
-            GROUP=block or width,
-            num_warps=warps,
-            enable_fp_fusion=False,
-        )
+        what = (m, k, stride, residual_stride, eps, block, residual is not None, form)
+        start = _start_norm(what, x.dtype, weight.dtype, hardware)
+        start(x_MK, residual_MK, weight.contiguous(), out, scale, total)
     codes = out.view(torch.float8_e4m3fn) if form == "fp8_e4m3" else out
     return (codes, *(() if form == "none" else (scale,)), *(() if residual is None else (total,)))
 
 
-def _rows(x: torch.Tensor) -> torch.Tensor:
-    """(..., K) -> (M, K), columns side by side."""
-    x_MK = x.reshape(-1, x.shape[-1])
-    return x_MK if x_MK.stride(1) == 1 else x_MK.contiguous()
+@functools.lru_cache(maxsize=4096)
+def _start_norm(
+    what: tuple[int, int, int, int, float, int, bool, str],
+    dtype: torch.dtype,
+    weight_dtype: torch.dtype,
+    hardware: bool,
+) -> Start:
+    """For `rms_norm`."""
+    m, k, stride, residual_stride, eps, block, residual, form = what
+    width = max(block, triton.next_power_of_2(k))
+    tile, warps = _tile(m, width)
+    constants = {"RESIDUAL": residual, "FORM": form, "DTYPE": _NAMES[dtype], "HARDWARE": hardware, "ROWS": tile}
+    constants |= {"WIDTH": width, "GROUP": block or width, "num_warps": warps, "enable_fp_fusion": False}
+    return Start(norm, (-(-m // tile),), (m, k, stride, residual_stride, eps), constants)
+
+
+def _rows(x: torch.Tensor) -> tuple[torch.Tensor, int, int]:
+    """(..., K) as rows whose columns lie side by side; how many, and how far apart they are."""
+    k = x.shape[-1]
+    if x.is_contiguous():
+        return x, x.numel() // k, k
+    x_MK = x.reshape(-1, k)
+    x_MK = x_MK if x_MK.stride(1) == 1 else x_MK.contiguous()
+    return x_MK, x_MK.shape[0], x_MK.stride(0)
 
 
 def _tile(m: int, width: int) -> tuple[int, int]:

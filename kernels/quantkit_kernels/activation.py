@@ -24,6 +24,7 @@ Every operator is `quantkit::NAME` with a plain-torch NAME_reference beside it, 
 on CUDA, no Triton, rows too wide for registers, a GPU before capability 8.0 (8.9 for fp8_e4m3). None has gradients.
 """
 
+import functools
 import math
 from types import ModuleType
 
@@ -168,12 +169,17 @@ def _check(
 
 def _kernels(x: torch.Tensor, kind: str | None, width: int, widest: int) -> ModuleType | None:
     """The module of the kernels where they can run: else the reference does."""
-    needed = (8, 9) if kind == "fp8_e4m3" else (8, 0)
-    if not available(x.device) or width > widest or torch.cuda.get_device_capability(x.device) < needed:
+    if width > widest or _capability(x.device) < ((8, 9) if kind == "fp8_e4m3" else (8, 0)):
         return None
     from quantkit_kernels import _activation
 
     return _activation
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    """Of a GPU; (0, 0) where Triton does not run."""
+    return torch.cuda.get_device_capability(device) if available(device) else (0, 0)
 
 
 def _empty(x: torch.Tensor, kind: str, block: int = 0, k: int | None = None) -> Pair:
@@ -201,8 +207,7 @@ def _(x: torch.Tensor, kind: str) -> Pair:
     _check(x, kind)
     if (kernels := _kernels(x, kind, x.shape[-1], WIDEST)) is None:
         return quantize_per_token_reference(x, kind)
-    with torch.cuda.device_of(x):
-        return kernels.quantize(x, kind)
+    return kernels.quantize(x, kind)
 
 
 @torch.library.custom_op("quantkit::quantize_per_token_asymmetric", mutates_args=())
@@ -222,8 +227,7 @@ def _(x: torch.Tensor) -> Triple:
     _check(x)
     if (kernels := _kernels(x, None, x.shape[-1], WIDEST)) is None:
         return quantize_per_token_asymmetric_reference(x)
-    with torch.cuda.device_of(x):
-        return kernels.quantize(x, "int8", mode="asymmetric")
+    return kernels.quantize(x, "int8", mode="asymmetric")
 
 
 @torch.library.custom_op("quantkit::quantize_per_block", mutates_args=())
@@ -243,8 +247,7 @@ def _(x: torch.Tensor, kind: str, block: int = 128) -> Pair:
     _check(x, kind, block)
     if (kernels := _kernels(x, kind, block, WIDEST)) is None:
         return quantize_per_block_reference(x, kind, block)
-    with torch.cuda.device_of(x):
-        return kernels.quantize(x, kind, block=block)
+    return kernels.quantize(x, kind, block=block)
 
 
 @torch.library.custom_op("quantkit::quantize_static", mutates_args=())
@@ -264,8 +267,7 @@ def _(x: torch.Tensor, scale: torch.Tensor, kind: str, zero: torch.Tensor | None
     _check(x, kind, scale=scale, zero=zero)
     if (kernels := _kernels(x, kind, 1, WIDEST)) is None:
         return quantize_static_reference(x, scale, kind, zero)
-    with torch.cuda.device_of(x):
-        return kernels.quantize(x, kind, mode="static" if zero is None else "shifted", scale=scale, zero=zero)[0]
+    return kernels.quantize(x, kind, mode="static" if zero is None else "shifted", scale=scale, zero=zero)[0]
 
 
 @torch.library.custom_op("quantkit::rms_norm", mutates_args=())
@@ -281,12 +283,11 @@ def _(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
 
 @rms_norm.register_kernel("cuda")
-def _(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+def launch_rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     _check(x, weight=weight)
     if (kernels := _kernels(x, None, x.shape[-1], WIDEST_NORM)) is None:
         return rms_norm_reference(x, weight, eps)
-    with torch.cuda.device_of(x):
-        return kernels.rms_norm(x, None, weight, eps, "none")[0]
+    return kernels.rms_norm(x, None, weight, eps, "none")[0]
 
 
 @torch.library.custom_op("quantkit::add_rms_norm", mutates_args=())
@@ -308,8 +309,7 @@ def _(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float)
     _check(x, residual=residual, weight=weight)
     if (kernels := _kernels(x, None, x.shape[-1], WIDEST_NORM)) is None:
         return add_rms_norm_reference(x, residual, weight, eps)
-    with torch.cuda.device_of(x):
-        return kernels.rms_norm(x, residual, weight, eps, "none")
+    return kernels.rms_norm(x, residual, weight, eps, "none")
 
 
 @torch.library.custom_op("quantkit::rms_norm_quantize", mutates_args=())
@@ -331,8 +331,7 @@ def _(x: torch.Tensor, weight: torch.Tensor, eps: float, kind: str, block: int =
     _check(x, kind, block or None, weight=weight)
     if (kernels := _kernels(x, kind, x.shape[-1], WIDEST_NORM)) is None:
         return rms_norm_quantize_reference(x, weight, eps, kind, block)
-    with torch.cuda.device_of(x):
-        return kernels.rms_norm(x, None, weight, eps, kind, block=block)
+    return kernels.rms_norm(x, None, weight, eps, kind, block=block)
 
 
 @torch.library.custom_op("quantkit::add_rms_norm_quantize", mutates_args=())
@@ -354,8 +353,7 @@ def _(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float,
     _check(x, kind, block or None, residual=residual, weight=weight)
     if (kernels := _kernels(x, kind, x.shape[-1], WIDEST_NORM)) is None:
         return add_rms_norm_quantize_reference(x, residual, weight, eps, kind, block)
-    with torch.cuda.device_of(x):
-        return kernels.rms_norm(x, residual, weight, eps, kind, block=block)
+    return kernels.rms_norm(x, residual, weight, eps, kind, block=block)
 
 
 @torch.library.custom_op("quantkit::silu_mul", mutates_args=())
@@ -371,12 +369,11 @@ def _(gate_up: torch.Tensor) -> torch.Tensor:
 
 
 @silu_mul.register_kernel("cuda")
-def _(gate_up: torch.Tensor) -> torch.Tensor:
+def launch_silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
     _check(gate_up, halves=True)
     if (kernels := _kernels(gate_up, None, 1, WIDEST)) is None:
         return silu_mul_reference(gate_up)
-    with torch.cuda.device_of(gate_up):
-        return kernels.quantize(gate_up, "none", silu=True)[0]
+    return kernels.quantize(gate_up, "none", silu=True)[0]
 
 
 @torch.library.custom_op("quantkit::silu_mul_quantize", mutates_args=())
@@ -396,5 +393,4 @@ def _(gate_up: torch.Tensor, kind: str, block: int = 0) -> Pair:
     _check(gate_up, kind, block or None, halves=True)
     if (kernels := _kernels(gate_up, kind, block or gate_up.shape[-1] // 2, WIDEST)) is None:
         return silu_mul_quantize_reference(gate_up, kind, block)
-    with torch.cuda.device_of(gate_up):
-        return kernels.quantize(gate_up, kind, silu=True, block=block)
+    return kernels.quantize(gate_up, kind, silu=True, block=block)

@@ -24,7 +24,7 @@ from transformers.utils.import_utils import is_compressed_tensors_available
 
 from quantkit import formats
 from quantkit.errors import InputError, MissingError
-from quantkit.runtime import cache, joint, parallel, planning
+from quantkit.runtime import cache, fused, joint, parallel, planning
 from quantkit.runtime.experts import PackedExperts
 from quantkit.runtime.held import Held
 from quantkit.runtime.linear import PackedLinear
@@ -212,13 +212,17 @@ class PackedQuantizer(HfQuantizer):
         if self.quantization_config.dequantize:  # whoever asks for it gets what the codes stand for
             return self._dequantize(model, self.dtype)
         say_paths(model)
+        on_gpu = any(codes.device.type == "cuda" for _, codes, _ in _weights(model))
         joint.join(model, on="cuda")
+        if on_gpu:
+            fused.fuse(model)
         return model
 
     def _dequantize(self, model: nn.Module, dtype: Any = None) -> Any:
         """`model.dequantize()`: each packed layer becomes a dense one, and keys and values stay as they are."""
         if self.cache_hooks:
             cache.detach(model, self.cache_hooks)
+        fused.unfuse(model)
         if isinstance(dtype, str):  # as config.json has it; transformers passes it on
             dtype = getattr(torch, dtype)
         for name, module in list(model.named_modules()):
