@@ -1,6 +1,7 @@
 """How fast a model of Llama-3-8B's dimensions generates, packed and in bf16: random weights, nothing is downloaded.
 
     python eval/speed_generate.py --out speed.jsonl [--only 'w4a16/generate/*' 'bf16/*'] [--layers 32] [--budget 520]
+    python eval/speed_generate.py --only '*/eager/*' --profile      # and where an eager token's time on the CPU goes
     python eval/speed_generate.py --list
     python eval/speed_generate.py --read speed.jsonl
 
@@ -23,9 +24,11 @@ lines to one file.
 from __future__ import annotations
 
 import argparse
+import cProfile
 import fnmatch
 import gc
 import json
+import pstats
 import tempfile
 import time
 from collections.abc import Iterator
@@ -187,11 +190,40 @@ def measure(case: Case, model: Any, args: argparse.Namespace) -> dict[str, Any]:
         return found | speed.to_dict()
     if case.group == "eager":
         speed = timing.generation(model, case.batch, args.eager_tokens, args.eager_tokens, loop=case.loop, runs=3)
-        return found | speed.to_dict()
+        return found | speed.to_dict() | (profile(case, model, args) if args.profile else {})
     if case.group == "prefill":
         seconds = timing.prefill(model, 1, int(case.what), runs=args.runs)
         return found | {"seconds": seconds, "tokens_per_second": int(case.what) / seconds}
     return found | long_context(case, model, args)
+
+
+def profile(case: Case, model: Any, args: argparse.Namespace) -> dict[str, Any]:
+    """Prints the functions of `args.eager_tokens` tokens by their own time; counts operators and kernels of a token.
+
+    Operators are those that torch's dispatcher sees, views among them; a kernel is a launch, a copy or a fill.
+    """
+    ids, device = timing.prompt_ids(model, case.batch, args.eager_tokens), torch.device(args.device)
+    cpu, cuda = torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA
+    recorded, seen = {}, cProfile.Profile()
+    with timing.endless(model):
+        for new in (1, 2):  # what two tokens have more than one is the second one's
+            activities = [cpu, cuda] if device.type == "cuda" else [cpu]
+            with torch.profiler.profile(activities=activities, acc_events=True) as recorder:
+                timing.tokens_of(model, ids, new, case.loop)
+                timing.wait(device)
+            recorded[new] = recorder.key_averages()
+        seen.enable()
+        timing.tokens_of(model, ids, args.eager_tokens, case.loop)
+        timing.wait(device)
+        seen.disable()
+    print(f"{case.name}: {args.eager_tokens} tokens, the prompt included")
+    pstats.Stats(seen).sort_stats("tottime").print_stats(25)
+
+    def count(new: int, on_gpu: bool) -> int:
+        gpu = torch.autograd.DeviceType.CUDA
+        return sum(e.count for e in recorded[new] if (e.device_type == gpu) == on_gpu and (on_gpu or "::" in e.key))
+
+    return {"operators": count(2, False) - count(1, False), "kernels": count(2, True) - count(1, True)}
 
 
 @torch.no_grad()
@@ -268,6 +300,7 @@ def summary(line: dict[str, Any]) -> str:
         return f"{line['name']}: {line['weights']['all'] / 2**30:.2f} GiB, {seconds}"
     parts = [f"{line[key]:.1f} {text}" for key, text in _RATES.items() if key in line]
     extra = f", first run {line['compiled']:.1f} s" if "compiled" in line else ""
+    extra += f", {line['operators']} operators and {line['kernels']} kernels a token" if "kernels" in line else ""
     return f"{line['name']} ({line['attention']}): {', '.join(parts)}{extra}"
 
 
@@ -321,6 +354,7 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--eager", type=int, nargs="+", default=[1, 16, 64, 256], help="batches without compilation")
+    parser.add_argument("--profile", action="store_true", help="print where eager cases spend the CPU's time")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--budget", type=float, default=520, help="seconds after which no case begins")
     parser.add_argument("--work", type=Path, help="folder for packed models; a temporary one by default")

@@ -12,12 +12,14 @@ import torch
 
 @contextmanager
 def poisoned() -> Iterator[None]:
-    """What torch.empty gives holds NaN, or numbers that no code, scale or sum would be."""
-    real = torch.empty
+    """What torch.empty and torch.empty_strided give holds NaN, or numbers that no code, scale or sum would be."""
 
-    def empty(*args: Any, **kwargs: Any) -> torch.Tensor:
-        made = real(*args, **kwargs)
-        return made.fill_(float("nan")) if made.is_floating_point() else made.fill_(-77)
+    def poison(real: Any) -> Any:
+        def empty(*args: Any, **kwargs: Any) -> torch.Tensor:
+            made: torch.Tensor = real(*args, **kwargs)
+            return made.fill_(float("nan")) if made.is_floating_point() else made.fill_(-77)
 
-    with mock.patch.object(torch, "empty", empty):
+        return empty
+
+    with mock.patch.multiple(torch, empty=poison(torch.empty), empty_strided=poison(torch.empty_strided)):
         yield

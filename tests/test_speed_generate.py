@@ -63,7 +63,7 @@ def test_a_written_checkpoint_is_one_that_loads(script: Any, tmp_path: Path, var
 def test_a_line_for_every_case(script: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "speed.jsonl"
     only = ["bf16/*", "w4a16/load", "w4a16/generate/b1/*", "w4a16/long/*"]
-    args = script.arguments([*TINY, "--out", str(out), "--only", *only])
+    args = script.arguments([*TINY, "--profile", "--out", str(out), "--only", *only])
     script.work_through(args, tmp_path)
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     assert [line["name"] for line in lines] == [case.name for case in script.cases(args)]
@@ -75,7 +75,9 @@ def test_a_line_for_every_case(script: Any, tmp_path: Path, capsys: pytest.Captu
     assert by_name["bf16/generate/b2/transformers-static"]["attention"] == "sdpa"
     table = script.table(lines)
     assert "| bf16/generate/b1/transformers-static |" in table and "1.00x" in table
-    assert "w4a16/generate/b1/quantkit" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "w4a16/generate/b1/quantkit" in said and "Ordered by: internal time" in said
+    assert 100 < by_name["bf16/eager/b1"]["operators"] < 1000
 
 
 def test_a_case_that_fails_costs_only_itself(script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
