@@ -56,7 +56,7 @@ def scales(
 def select(
     row: gl.tensor, line: gl.tensor, GROUP: gl.constexpr, FIELDS: gl.constexpr, SCALE: gl.constexpr, W: gl.constexpr
 ) -> gl.tensor:
-    """Which bytes of its word of scales each code word of a line takes, (BN, 16), as `_unpack.selector`."""
+    """Where in its word of scales each code word of a line finds its own, (BN, 16), as `_unpack.selector`."""
     word = gl.arange(0, 16, layout=gl.SliceLayout(0, W))[None, :] & 3
     if FIELDS == 1:
         field = word * 0
@@ -64,8 +64,10 @@ def select(
         field = word * 0 + ((line // (GROUP // 128)) & (FIELDS - 1))
     else:
         field = ((line * (128 // GROUP)) & (FIELDS - 1)) + (word * 32 // GROUP) % FIELDS
-    if SCALE == "e8m0" or SCALE == "e4m3":
-        return row[:, None] * 0 + (0x0404 + field * 0x1010 + (0x1000 if GROUP == 16 else 0))
+    if SCALE == "e4m3":
+        return row[:, None] * 0 + field * 4
+    elif SCALE == "e8m0":
+        return row[:, None] * 0 + (0x0404 + field * 0x1010)
     else:
         return row[:, None] * 0 + (0x1010 + field * 0x2222)
 

@@ -11,8 +11,10 @@ How a code becomes a float costs one logic and one arithmetic instruction for tw
                          are exact, so that the weight is (q - zero) s rounded once.
     float16, integers    a field or-ed into 1024 is 1024 + q 2^pos; one fma takes the 1024 and the zero point away
     E2M1, E4M3           a code's bits put where the float has them are its value times a power of two
-bfloat16 weights come out times 2^-BIAS, which keeps s 2^93 finite up to scales of 2^33: whoever sums up multiplies by
-2^BIAS. Weights below 2^-86 lose digits, and those below 2^-94 are zero.
+bfloat16 weights come out times 2^-40, which keeps s 2^93 finite up to scales of 2^33: whoever sums up multiplies by
+2^40 (`with_power`). Weights below 2^-86 lose digits, and those below 2^-94 are zero. With scales in E4M3 it is 2^-103:
+the bits of a code and of its scale are a float far too small, and one product can make up for no more. The smallest of
+such weights is 2^-10, so that none loses a digit; sums do when they are below 2^-23.
 
 The assembly (_unpack_ptx.py) has a twin of plain Triton operations, which runs when ASM is empty: for the interpreter,
 but for its bfloat16, which needs a GPU. Equal to the last bit; with "split" the last bit differs rarely.
@@ -65,12 +67,17 @@ def scale_values(
     else:
         WIDTH: tl.constexpr = 16 if SCALE == "bf16" or SCALE == "fp16" else 8
         at = (field + tl.zeros_like(sw)) * WIDTH
+        other = at + WIDTH
+        if SCALE == "e4m3":  # scales 0, 2, 1, 3 in a word that is rotated left by 4
+            bits = (bits >> 4) | (bits << 28)
+            at = ((field >> 1) + (field & 1) * 2 + tl.zeros_like(sw)) * WIDTH
+            other = at + 2 * WIDTH
         if ZERO == 1:
             at = tl.zeros_like(sw) + 16
         first = _scale_value(bits >> at.to(tl.uint32), SCALE)
         second = first
         if TWO:
-            second = _scale_value(bits >> (at + WIDTH).to(tl.uint32), SCALE)
+            second = _scale_value(bits >> other.to(tl.uint32), SCALE)
     return first, second
 
 
@@ -83,8 +90,19 @@ def _scale_value(bits: tl.tensor, SCALE: tl.constexpr) -> tl.tensor:
     elif SCALE == "e8m0":
         value = ((bits & 0xFF) << 23).to(tl.float32, bitcast=True)
     else:
-        value = ((bits & 0x7F) << 20).to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2^120
+        value = ((bits & 0xFF) << 20).to(tl.float32, bitcast=True) * 2.028240960365167e31  # 2^104
     return value
+
+
+@triton.jit
+def with_power(sums: tl.tensor, DT: tl.constexpr, SCALE: tl.constexpr) -> tl.tensor:
+    """Sums of weights times the power of two that those lack."""
+    if DT != "bf16":
+        return sums
+    elif SCALE == "e4m3":
+        return sums * 1.0141204801825835e31  # 2^103
+    else:
+        return sums * 1099511627776.0  # 2^40
 
 
 @triton.jit
@@ -97,8 +115,11 @@ def pack_pair(low: tl.tensor, high: tl.tensor, FLOAT: tl.constexpr) -> tl.tensor
 
 @triton.jit
 def selector(field: tl.tensor, SCALE: tl.constexpr, TWO: tl.constexpr) -> tl.tensor:
-    """Which bytes of a word with scales the assembly takes, for prmt: a field twice, or bytes on top of both halves."""
-    if SCALE == "e8m0" or SCALE == "e4m3":
+    """Where in a word with scales the assembly finds its own: for prmt a field twice, or bytes on top of both halves;
+    E4M3: how far to rotate, see _words._e5m3_words, fields 0 or 2."""
+    if SCALE == "e4m3":
+        return field * 4
+    elif SCALE == "e8m0":
         return 0x0404 + field * 0x1010 + (0x1000 if TWO else 0)
     else:
         return 0x1010 + field * 0x2222
@@ -138,6 +159,7 @@ def _plain_pair(
     DT: tl.constexpr,
     HOW: tl.constexpr,
     TWO: tl.constexpr,
+    LESS: tl.constexpr,
 ) -> tl.tensor:
     """Pair i of each word in plain operations: what the assembly computes, in float32 until the rounding."""
     bits = p.to(tl.uint32, bitcast=True)
@@ -175,8 +197,8 @@ def _plain_pair(
         low *= scale
         high *= scale
     if DT == "bf16":
-        low *= 9.094947017729282e-13  # 2^-40
-        high *= 9.094947017729282e-13
+        low *= LESS
+        high *= LESS
     return pack_pair(low, high, FLOAT)
 
 
@@ -197,19 +219,20 @@ def _plain_pairs(
     DT: tl.constexpr,
     HOW: tl.constexpr,
     TWO: tl.constexpr,
+    LESS: tl.constexpr,
 ) -> tl.tensor:
-    a = _plain_pair(p, plane, first, second, zero, 0, COUNT, CODE, DT, HOW, TWO)
-    b = _plain_pair(p, plane, first, second, zero, 1, COUNT, CODE, DT, HOW, TWO)
+    a = _plain_pair(p, plane, first, second, zero, 0, COUNT, CODE, DT, HOW, TWO, LESS)
+    b = _plain_pair(p, plane, first, second, zero, 1, COUNT, CODE, DT, HOW, TWO, LESS)
     out = tl.join(a, b)
     if COUNT >= 4:
-        a = _plain_pair(p, plane, first, second, zero, 2, COUNT, CODE, DT, HOW, TWO)
-        b = _plain_pair(p, plane, first, second, zero, 3, COUNT, CODE, DT, HOW, TWO)
+        a = _plain_pair(p, plane, first, second, zero, 2, COUNT, CODE, DT, HOW, TWO, LESS)
+        b = _plain_pair(p, plane, first, second, zero, 3, COUNT, CODE, DT, HOW, TWO, LESS)
         out = tl.join(out, tl.join(a, b))
     if COUNT == 8:
-        a = _plain_pair(p, plane, first, second, zero, 4, COUNT, CODE, DT, HOW, TWO)
-        b = _plain_pair(p, plane, first, second, zero, 5, COUNT, CODE, DT, HOW, TWO)
-        c = _plain_pair(p, plane, first, second, zero, 6, COUNT, CODE, DT, HOW, TWO)
-        d = _plain_pair(p, plane, first, second, zero, 7, COUNT, CODE, DT, HOW, TWO)
+        a = _plain_pair(p, plane, first, second, zero, 4, COUNT, CODE, DT, HOW, TWO, LESS)
+        b = _plain_pair(p, plane, first, second, zero, 5, COUNT, CODE, DT, HOW, TWO, LESS)
+        c = _plain_pair(p, plane, first, second, zero, 6, COUNT, CODE, DT, HOW, TWO, LESS)
+        d = _plain_pair(p, plane, first, second, zero, 7, COUNT, CODE, DT, HOW, TWO, LESS)
         out = tl.join(out, tl.join(tl.join(a, b), tl.join(c, d)))
     return out
 
@@ -286,7 +309,8 @@ def pairs(
         zero = tl.zeros((p.shape[0], 16), tl.float32) + OFFSET
         if ZERO > 0:
             zero = (holder & 0xFF).to(tl.float32)
-        return _plain_pairs(p, plane, first, second, zero, COUNT, CODE, DT, HOW, TWO)
+        LESS: tl.constexpr = 9.860761315262648e-32 if SCALE == "e4m3" else 9.094947017729282e-13  # of `with_power`
+        return _plain_pairs(p, plane, first, second, zero, COUNT, CODE, DT, HOW, TWO, LESS)
 
 
 @triton.jit

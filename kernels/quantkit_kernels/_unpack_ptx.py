@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import struct
 
-BIAS = 40  # bfloat16 weights are times 2^-BIAS
+BIAS, BIAS_E4M3 = 40, 103  # bfloat16 weights are times 2^-BIAS; with scales in E4M3, times 2^-BIAS_E4M3
 OFFSETS = {"u2": 2, "u3": 4, "u4": 8, "u8": 128}  # the zero point of symmetric integers
 COUNTS = {"u2": 8, "u3": 8, "u4": 4, "u8": 2, "e2m1": 4, "e4m3": 2}  # pairs in a word
 
@@ -41,7 +41,7 @@ def assembly(code: str, dtype: str, scale: str, how: str, zero: int, two: bool) 
     if code in FIELDS:
         _integers(text, code, how, zero)
     else:
-        _floats(text, code, how)
+        _floats(text, code, how, scale == "e4m3")
     return text.finish()
 
 
@@ -57,10 +57,9 @@ def _scale(t: _Block, scale: str, how: str, zero: int) -> str:
         return s
     if scale in ("bf16", "fp16"):
         return t.op("prmt.b32", s, s, "0x3232") if zero == 1 else s if t.two else t.op("prmt.b32", s, s, select)
-    byte = t.op("prmt.b32", s, "0", select)  # on top of each half
-    if scale == "e8m0":
-        return t.op("shr.u32", byte, "1")
-    return t.mul(t.op("shr.u32", byte, "4"), t.twice(2.0**120))
+    if scale == "e4m3":  # times 2^-104
+        return t.masked(t.op("shf.r.wrap.b32", s, s, select), 0x0FF0)
+    return t.op("shr.u32", t.op("prmt.b32", s, "0", select), "1")  # the byte on top of each half, then where it belongs
 
 
 class _Block:
@@ -186,11 +185,11 @@ def _integer_field(t: _Block, code: str, i: int) -> str:
     return q
 
 
-def _floats(t: _Block, code: str, how: str) -> None:
+def _floats(t: _Block, code: str, how: str, e4m3: bool) -> None:
     values, up = (_e4m3 if code == "e4m3" else _e2m1)(t)
     if t.bf16 and how == "mul":
         # The scale takes the power of two, both halves of it at once where they differ.
-        scale = t.per_pair(t.mul(t.scale, t.twice(2.0 ** (up - BIAS))))
+        scale = t.per_pair(t.mul(t.scale, t.twice(2.0 ** (up - BIAS_E4M3 + 104 if e4m3 else up - BIAS))))
         for i, value in enumerate(values):
             t.mul(value, scale[i], to=f"${i}")
         return

@@ -93,22 +93,53 @@ def unpack_codes(words: torch.Tensor, code: str, line: int, pairs: int) -> torch
     return c.permute(1, 0, 3, 4, 2, 5).reshape(high, count * line)
 
 
-def pack_scales(bits_NG: torch.Tensor, rows: int, width: int, fields: int) -> torch.Tensor:
-    """Bits of scales, int32 (N, G), to words (rows, N', width): `fields` scales in each, the first lowest."""
+def pack_scales(bits_NG: torch.Tensor, rows: int, width: int, fields: int, *, e4m3: bool = False) -> torch.Tensor:
+    """Bits of scales, int32 (N, G), to words (rows, N', width): `fields` scales in each, the first lowest.
+
+    e4m3  whether that is what they are: then as `_e5m3_words` says
+    """
     n, groups = bits_NG.shape
     padded = F.pad(bits_NG, (0, rows * width * fields - groups, 0, -(-n // 8) * 8 - n))
     each = padded.view(-1, rows, width, fields)
     words = torch.zeros_like(each[..., 0])
     for f in range(fields):
         words |= each[..., f] << (32 // fields * f)
-    return words.transpose(0, 1).contiguous()
+    words = words.transpose(0, 1).contiguous()
+    return _e5m3_words(words) if e4m3 else words
 
 
-def unpack_scales(words: torch.Tensor, fields: int) -> torch.Tensor:
+def unpack_scales(words: torch.Tensor, fields: int, *, e4m3: bool = False) -> torch.Tensor:
     """The inverse: int32 (N', all groups), padding included."""
-    size = 32 // fields
+    words, size = _e4m3_words(words) if e4m3 else words, 32 // fields
     each = [words >> (size * f) & ((1 << size) - 1) if fields > 1 else words for f in range(fields)]
     return torch.stack(each, -1).transpose(0, 1).flatten(1)
+
+
+def _e5m3_words(words: torch.Tensor) -> torch.Tensor:
+    """Words of four E4M3 scales, none negative or NaN, to what the kernels read: E5M3, and two in their places at once.
+
+    E5M3 has five bits of exponent, three of mantissa, no sign: the same values without subnormal numbers. It is bits 11
+    to 4 of the scale's bfloat16, times 2^-104. Scales 0 and 1 lie there in the lower and the upper half of the word,
+    scales 2 and 3 so in the word rotated right by 8.
+    """
+    found = []
+    for f in range(4):
+        byte = (words >> (8 * f) & 0xFF).to(torch.uint8)
+        small = byte.view(torch.float8_e4m3fn).float() * 2.0**-104
+        found.append(small.to(torch.bfloat16).view(torch.int16).int() >> 4 & 0xFF)
+    rotated = found[0] | found[2] << 8 | found[1] << 16 | found[3] << 24
+    return rotated << 4 | _shift(rotated, 28)
+
+
+def _e4m3_words(words: torch.Tensor) -> torch.Tensor:
+    """The inverse of `_e5m3_words`."""
+    straight = _shift(words, 4) | words << 28
+    found = torch.zeros_like(words)
+    for f, place in enumerate((0, 2, 1, 3)):
+        value = (_shift(straight, 8 * place) & 0xFF).to(torch.int16) << 4
+        scale = (value.view(torch.bfloat16).float() * 2.0**104).to(torch.float8_e4m3fn)
+        found |= scale.view(torch.uint8).int() << (8 * f)
+    return found
 
 
 _BYTES = {"u2": 4, "u4": 2, "u8": 1, "e4m3": 1}  # codes in a byte, where they lie in bytes one after the other

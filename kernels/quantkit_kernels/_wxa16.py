@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from quantkit_kernels._unpack import fragments, row_order, scale_values, spread_plane
+from quantkit_kernels._unpack import fragments, row_order, scale_values, spread_plane, with_power
 
 
 @triton.jit
@@ -219,8 +219,7 @@ def finish(
 
     GLOBAL  0: there is no global scale; 1: one divides all rows; 2: each row has its own
     """
-    if DT == "bf16":
-        acc *= 1099511627776.0  # 2^40, which the weights lack
+    acc = with_power(acc, DT, SCALE)
     if WHERE == "end":
         scale, _ = scale_values(tl.load(s_ptr + sums_row)[:, None], 0, SCALE, ZERO, False)
         acc *= scale
@@ -372,8 +371,7 @@ def dequantize(
     z = tl.broadcast_to(line_scales(z_ptr + s_row, WIDTH), (BN, 16)) if ZERO == 2 else s
     field = scale_field(line, LINE, GROUP, FIELDS)
     w = fragments(p, plane, s, z, field, CODE, DT, SCALE, HOW, ZERO, TWO, LINE // 32, ASM, WARPS, False).to(tl.float32)
-    if DT == "bf16":
-        w *= 1099511627776.0
+    w = with_power(w, DT, SCALE)
     row = start + tl.arange(0, BN)
     if GLOBAL == 1:
         w /= tl.load(global_ptr)

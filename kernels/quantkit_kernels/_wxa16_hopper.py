@@ -137,8 +137,8 @@ def _finished(
     GLOBAL: gl.constexpr,
 ) -> gl.tensor:
     """As `_wxa16.finish`: powers of two, one scale a row, the global scale, the bias."""
-    if DT == "bf16":
-        acc *= 1099511627776.0  # 2^40, which the weights lack
+    if DT == "bf16":  # the power of two that the weights lack, 103 or 40
+        acc *= 1.0141204801825835e31 if SCALE == "e4m3" else 1099511627776.0
     if WHERE == "end":
         acc *= _row_scale(s_ptr, row, n_padded, SCALE)[:, None]
     if GLOBAL == 1:

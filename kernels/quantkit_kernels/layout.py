@@ -13,7 +13,7 @@ serves every number of tokens, every tile and every GPU.
     scale   (S, N') int32, F scales of a row in a word, the first lowest, so that a word spans group F columns. Where a
             line needs several words of a row, they lie side by side: (S, N', 2) or (S, N', 4).
             float32: F = 1.  bfloat16, float16: F = 2 symmetric, and with zero points F = 1: the scale above, the zero
-            point in the low byte.  E8M0 and E4M3: F = 4.  One scale a row: (1, N').
+            point in the low byte.  E8M0 and E4M3: F = 4, E4M3 as _words._e5m3_words has it.  One scale a row: (1, N').
     zero    beside float32 scales: like the scale, the zero point in the low byte; else None
 
 Columns beyond K have codes of the value zero, rows beyond N scales of zero.
@@ -219,13 +219,11 @@ def pack(
     fill = None if zero_RG is None else _per_row(zero_RG, n, rows)
     mode = zero_mode(kind, scale_dtype)
     bits = _bits(_per_row(scale_RG, n, rows))
-    zeros = None
     if mode == 1 and fill is not None:
         bits = bits << 16 | fill
-    elif mode == 2 and fill is not None:
-        zeros = _pack_words(fill, how)
+    zeros = _pack_words(kind, fill, how) if mode == 2 and fill is not None else None
     words = pack_codes(codes, form.code, form.line, form.pairs, _filling(form, n, fill, codes.device))
-    scales = _pack_words(bits, how)
+    scales = _pack_words(kind, bits, how)
     return Packed(kind, n, k, group, rows, scale_dtype, words, scales, zeros, global_scale)
 
 
@@ -388,13 +386,14 @@ def _bits(scale: torch.Tensor) -> torch.Tensor:
     return scale.view(torch.uint8).int()
 
 
-def _pack_words(bits_NG: torch.Tensor, how: Geometry) -> torch.Tensor:
-    return pack_scales(bits_NG, how.rows, how.width, how.fields).view(how.shape(bits_NG.shape[0]))
+def _pack_words(kind: str, bits_NG: torch.Tensor, how: Geometry) -> torch.Tensor:
+    words = pack_scales(bits_NG, how.rows, how.width, how.fields, e4m3=kind == "nvfp4")
+    return words.view(how.shape(bits_NG.shape[0]))
 
 
 def _unpack_words(words: torch.Tensor, packed: Packed, how: Geometry) -> torch.Tensor:
     """The bits of the scales (R, G), int32, as `_bits` gives them."""
-    bits = unpack_scales(words, how.fields)
+    bits = unpack_scales(words, how.fields, e4m3=packed.kind == "nvfp4")
     groups = 1 if packed.group == 0 else -(-packed.k // packed.group)
     step = packed.rows or max(packed.n, 1)
     return bits[: packed.n : step, :groups].clone(memory_format=torch.contiguous_format)
