@@ -57,7 +57,7 @@ def spread_plane(plane: tl.tensor, ROWS: tl.constexpr) -> tl.tensor:
 
 @triton.jit
 def scale_values(
-    sw: tl.tensor, field: tl.tensor, SCALE: tl.constexpr, ZERO: tl.constexpr, TWO: tl.constexpr
+    sw: tl.tensor, field: tl.tensor, CODE: tl.constexpr, SCALE: tl.constexpr, ZERO: tl.constexpr, TWO: tl.constexpr
 ) -> tuple[tl.tensor, tl.tensor]:
     """Scales of both halves of the columns of each word, float32."""
     bits = sw.to(tl.uint32, bitcast=True)
@@ -74,21 +74,22 @@ def scale_values(
             other = at + 2 * WIDTH
         if ZERO == 1:
             at = tl.zeros_like(sw) + 16
-        first = _scale_value(bits >> at.to(tl.uint32), SCALE)
+        first = _scale_value(bits >> at.to(tl.uint32), CODE, SCALE)
         second = first
         if TWO:
-            second = _scale_value(bits >> other.to(tl.uint32), SCALE)
+            second = _scale_value(bits >> other.to(tl.uint32), CODE, SCALE)
     return first, second
 
 
 @triton.jit
-def _scale_value(bits: tl.tensor, SCALE: tl.constexpr) -> tl.tensor:
+def _scale_value(bits: tl.tensor, CODE: tl.constexpr, SCALE: tl.constexpr) -> tl.tensor:
     if SCALE == "bf16":
         value = (bits << 16).to(tl.float32, bitcast=True)
     elif SCALE == "fp16":
         value = (bits & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
     elif SCALE == "e8m0":
         value = ((bits & 0xFF) << 23).to(tl.float32, bitcast=True)
+        value *= 1.2924697071141057e-26 if CODE == "e2m1" else 8.271806125530277e-25  # 2^-86, 2^-80: _words.RAISED
     else:
         value = ((bits & 0xFF) << 20).to(tl.float32, bitcast=True) * 2.028240960365167e31  # 2^104
     return value
@@ -130,13 +131,14 @@ def scale_pairs(
     sw: tl.tensor,
     field: tl.tensor,
     FLOAT: tl.constexpr,
+    CODE: tl.constexpr,
     SCALE: tl.constexpr,
     HOW: tl.constexpr,
     ZERO: tl.constexpr,
     TWO: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
     """The scale of both halves of a word's columns as a pair, and with "split" what it lacks to be exact."""
-    first, second = scale_values(sw, field, SCALE, ZERO, TWO)
+    first, second = scale_values(sw, field, CODE, SCALE, ZERO, TWO)
     s = pack_pair(first, second, FLOAT)
     if HOW == "split":
         first -= first.to(FLOAT).to(tl.float32)
@@ -298,13 +300,13 @@ def pairs(
             select = tl.zeros_like(p) + selector(field, SCALE, TWO)
         elif HOW != "raw":
             FLOAT: tl.constexpr = tl.bfloat16 if DT == "bf16" else tl.float16
-            s, select = scale_pairs(sw, field, FLOAT, SCALE, HOW, ZERO, TWO)
+            s, select = scale_pairs(sw, field, FLOAT, CODE, SCALE, HOW, ZERO, TWO)
         return _assembled_pairs(p, plane, s, select, holder, COUNT, ASM)
     else:
         first = tl.zeros((p.shape[0], 16), tl.float32)
         second = first
         if HOW != "raw":
-            first, second = scale_values(sw, field, SCALE, ZERO, TWO)
+            first, second = scale_values(sw, field, CODE, SCALE, ZERO, TWO)
         OFFSET: tl.constexpr = 128 if CODE == "u8" else 8 if CODE == "u4" else 4 if CODE == "u3" else 2
         zero = tl.zeros((p.shape[0], 16), tl.float32) + OFFSET
         if ZERO > 0:

@@ -41,7 +41,7 @@ def assembly(code: str, dtype: str, scale: str, how: str, zero: int, two: bool) 
     if code in FIELDS:
         _integers(text, code, how, zero)
     else:
-        _floats(text, code, how, scale == "e4m3")
+        _floats(text, code, how, scale)
     return text.finish()
 
 
@@ -185,13 +185,14 @@ def _integer_field(t: _Block, code: str, i: int) -> str:
     return q
 
 
-def _floats(t: _Block, code: str, how: str, e4m3: bool) -> None:
+def _floats(t: _Block, code: str, how: str, scale: str) -> None:
     values, up = (_e4m3 if code == "e4m3" else _e2m1)(t)
     if t.bf16 and how == "mul":
-        # The scale takes the power of two, both halves of it at once where they differ.
-        scale = t.per_pair(t.mul(t.scale, t.twice(2.0 ** (up - BIAS_E4M3 + 104 if e4m3 else up - BIAS))))
+        # The scale takes the power of two, both halves of it at once where they differ; E8M0 has it already.
+        missing = {"e4m3": up - BIAS_E4M3 + 104, "e8m0": 0}.get(scale, up - BIAS)
+        scales = t.per_pair(t.mul(t.scale, t.twice(2.0**missing)) if missing else t.scale)
         for i, value in enumerate(values):
-            t.mul(value, scale[i], to=f"${i}")
+            t.mul(value, scales[i], to=f"${i}")
         return
     power = t.twice(2.0 ** (up - BIAS if t.bf16 else up))
     for i, value in enumerate(values):

@@ -9,6 +9,9 @@ PLANE_BITS = (2, 4, 6, 3, 5, 7, 0, 1)  # where the third bit of 3-bit code i lie
 
 
 ELEMENTS = 1 << 24  # codes at once: bounds the temporaries
+# Added to E8M0 scales, which are 160 at most: the power of two that the bits of a code lack, where a float has them, to
+# be the weight times 2^-40. So a scale's bits are a bfloat16 with which a code's bits need one product.
+RAISED = {"mxfp4": 86, "mxfp8": 80}
 
 
 def pack_codes(codes_NK: torch.Tensor, code: str, line: int, pairs: int, fill_N1: torch.Tensor) -> torch.Tensor:
@@ -93,11 +96,12 @@ def unpack_codes(words: torch.Tensor, code: str, line: int, pairs: int) -> torch
     return c.permute(1, 0, 3, 4, 2, 5).reshape(high, count * line)
 
 
-def pack_scales(bits_NG: torch.Tensor, rows: int, width: int, fields: int, *, e4m3: bool = False) -> torch.Tensor:
+def pack_scales(bits_NG: torch.Tensor, rows: int, width: int, fields: int, kind: str = "") -> torch.Tensor:
     """Bits of scales, int32 (N, G), to words (rows, N', width): `fields` scales in each, the first lowest.
 
-    e4m3  whether that is what they are: then as `_e5m3_words` says
+    kind  of the weight: those of "nvfp4" become what `_e5m3_words` says, and RAISED is added to those that it names
     """
+    bits_NG = bits_NG + RAISED.get(kind, 0)
     n, groups = bits_NG.shape
     padded = F.pad(bits_NG, (0, rows * width * fields - groups, 0, -(-n // 8) * 8 - n))
     each = padded.view(-1, rows, width, fields)
@@ -105,14 +109,14 @@ def pack_scales(bits_NG: torch.Tensor, rows: int, width: int, fields: int, *, e4
     for f in range(fields):
         words |= each[..., f] << (32 // fields * f)
     words = words.transpose(0, 1).contiguous()
-    return _e5m3_words(words) if e4m3 else words
+    return _e5m3_words(words) if kind == "nvfp4" else words
 
 
-def unpack_scales(words: torch.Tensor, fields: int, *, e4m3: bool = False) -> torch.Tensor:
+def unpack_scales(words: torch.Tensor, fields: int, kind: str = "") -> torch.Tensor:
     """The inverse: int32 (N', all groups), padding included."""
-    words, size = _e4m3_words(words) if e4m3 else words, 32 // fields
+    words, size = _e4m3_words(words) if kind == "nvfp4" else words, 32 // fields
     each = [words >> (size * f) & ((1 << size) - 1) if fields > 1 else words for f in range(fields)]
-    return torch.stack(each, -1).transpose(0, 1).flatten(1)
+    return torch.stack(each, -1).transpose(0, 1).flatten(1) - RAISED.get(kind, 0)
 
 
 def _e5m3_words(words: torch.Tensor) -> torch.Tensor:

@@ -221,7 +221,7 @@ def finish(
     """
     acc = with_power(acc, DT, SCALE)
     if WHERE == "end":
-        scale, _ = scale_values(tl.load(s_ptr + sums_row)[:, None], 0, SCALE, ZERO, False)
+        scale, _ = scale_values(tl.load(s_ptr + sums_row)[:, None], 0, "", SCALE, ZERO, False)
         acc *= scale
     if GLOBAL == 1:
         acc /= tl.load(global_ptr)
@@ -329,7 +329,7 @@ def _row_scales(
     """The scale of each row in one line, which belongs to one group: (rows, 1) float32."""
     sw = tl.load(s_ptr + scale_row(line, LINE, SPAN, 1).to(tl.int64) * n_padded + row)[:, None]
     index = (line // (GROUP // LINE)) & (FIELDS - 1) if FIELDS > 1 else 0
-    first, _ = scale_values(sw, index, SCALE, ZERO, False)
+    first, _ = scale_values(sw, index, "", SCALE, ZERO, False)
     return first
 
 

@@ -13,7 +13,8 @@ serves every number of tokens, every tile and every GPU.
     scale   (S, N') int32, F scales of a row in a word, the first lowest, so that a word spans group F columns. Where a
             line needs several words of a row, they lie side by side: (S, N', 2) or (S, N', 4).
             float32: F = 1.  bfloat16, float16: F = 2 symmetric, and with zero points F = 1: the scale above, the zero
-            point in the low byte.  E8M0 and E4M3: F = 4, E4M3 as _words._e5m3_words has it.  One scale a row: (1, N').
+            point in the low byte.  E8M0: F = 4, raised by _words.RAISED.  E4M3: F = 4, as _words._e5m3_words has it.
+            One scale a row: (1, N').
     zero    beside float32 scales: like the scale, the zero point in the low byte; else None
 
 Columns beyond K have codes of the value zero, rows beyond N scales of zero.
@@ -387,13 +388,12 @@ def _bits(scale: torch.Tensor) -> torch.Tensor:
 
 
 def _pack_words(kind: str, bits_NG: torch.Tensor, how: Geometry) -> torch.Tensor:
-    words = pack_scales(bits_NG, how.rows, how.width, how.fields, e4m3=kind == "nvfp4")
-    return words.view(how.shape(bits_NG.shape[0]))
+    return pack_scales(bits_NG, how.rows, how.width, how.fields, kind).view(how.shape(bits_NG.shape[0]))
 
 
 def _unpack_words(words: torch.Tensor, packed: Packed, how: Geometry) -> torch.Tensor:
     """The bits of the scales (R, G), int32, as `_bits` gives them."""
-    bits = unpack_scales(words, how.fields, e4m3=packed.kind == "nvfp4")
+    bits = unpack_scales(words, how.fields, packed.kind)
     groups = 1 if packed.group == 0 else -(-packed.k // packed.group)
     step = packed.rows or max(packed.n, 1)
     return bits[: packed.n : step, :groups].clone(memory_format=torch.contiguous_format)

@@ -77,7 +77,7 @@ def test_every_half_word(kind: str, dtype: torch.dtype) -> None:
             continue
         name = "e8m0" if kind == "mxfp4" else wxa16.FLOATS[dtype]
         how = layout.geometry(kind, name, form.line, group)
-        one = 0x7F7F7F7F if kind == "mxfp4" else 0x3F803F80 if dtype == torch.bfloat16 else 0x3C003C00
+        one = -0x2A2A2A2B if kind == "mxfp4" else 0x3F803F80 if dtype == torch.bfloat16 else 0x3C003C00
         scale = torch.full(how.shape(rows), one, dtype=torch.int32)
         p = Packed(kind, rows, form.line, group, 1, name, codes, scale, None, None)
         wanted = layout.decode(p, torch.float32)
