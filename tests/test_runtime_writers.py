@@ -168,7 +168,7 @@ def test_rows_come_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     cases.append((awq, modelopt_awq(w, 128), (320, 256)))
     cases.append(({"quant_method": "fp8", "weight_block_size": [128, 128]}, deepseek(w), (320, 256)))
     wholes = [held_of(c, t, s).pack(t) for c, t, s in cases]
-    monkeypatch.setattr(disk, "ELEMENTS", 256 * 40)
+    monkeypatch.setattr(disk, "ELEMENTS", {"cpu": 256 * 40})
     for (config, tensors, shape), whole in zip(cases, wholes):
         held = held_of(config, tensors, shape)
         assert len(list(held.disk.pieces())) > 1
@@ -206,7 +206,7 @@ class Peak(TorchDispatchMode):
 
 @pytest.mark.parametrize("name", ["W4A16", "gptq", "NVFP4", "FP8_BLOCK"])
 def test_no_dense_copy_is_made_while_a_layer_is_laid_out(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(disk, "ELEMENTS", 1 << 16)
+    monkeypatch.setattr(disk, "ELEMENTS", {"cpu": 1 << 16})
     monkeypatch.setattr(_words, "ELEMENTS", 1 << 16)
     n, k = 1024, 2048
     scheme = PRESETS["W4A16" if name == "gptq" else name]

@@ -22,7 +22,8 @@ from quantkit.formats.awq import _pack as awq_words
 from quantkit.types import QuantizedTensor, Scheme, TensorSpec
 from quantkit_kernels.bits import pack_bits
 
-ELEMENTS = 1 << 21  # codes at once: bounds what is in memory beside a layer's tensors
+# Codes at once, which bounds what is in memory beside a layer's tensors. A GPU takes longer to be told than to work.
+ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 23}
 
 # leaf -> the dimension along which it is cut, when rows of the weight are
 _ROWS = {
@@ -65,10 +66,11 @@ class Disk:
         """Rows that every format can be cut at: whole words of 32 codes, whole blocks."""
         return math.lcm(32, (self.scheme.weights.block_shape or (1, 1))[0])
 
-    def pieces(self, first: int = 0, last: int | None = None) -> Iterator[tuple[int, int]]:
-        """Rows from `first`, a multiple of `unit`, to `last`, in pieces that bound what is in memory."""
+    def pieces(self, first: int = 0, last: int | None = None, device: str = "cpu") -> Iterator[tuple[int, int]]:
+        """Rows from `first`, a multiple of `unit`, to `last`, in pieces that bound what is in memory of a device."""
         last = self.shape[0] if last is None else last
-        step = max(1, ELEMENTS // max(self.shape[1], 1) // self.unit) * self.unit
+        elements = ELEMENTS.get(device, ELEMENTS["cpu"])
+        step = max(1, elements // max(self.shape[1], 1) // self.unit) * self.unit
         return ((start, min(last, start + step)) for start in range(first, last, step))
 
     def unpack(self, tensors: Mapping[str, torch.Tensor], start: int, stop: int) -> QuantizedTensor:

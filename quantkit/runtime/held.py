@@ -162,7 +162,7 @@ class Held:
             if name in ("codes", "scale", "zero")
         }
         first, last = self.rows_held or (0, self.disk.shape[0])
-        for start, stop in self.disk.pieces(first, last):
+        for start, stop in self.disk.pieces(first, last, device.type):
             q = self.part(tensors, start, stop)
             codes = _kernel_codes(q)
             piece = layout.pack(
