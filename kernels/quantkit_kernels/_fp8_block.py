@@ -8,11 +8,15 @@ the registers and a product on its way needs room beside them. Scales are read o
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
 
+from quantkit_kernels._launch import Start
 from quantkit_kernels._w8a8 import GROUP, gathered, tile_of, workspace
 from quantkit_kernels._w8a8_choice import Config, choose_block, device_of, tiles
 
@@ -187,25 +191,50 @@ def linear(
     m, shape = x_MK.shape[0], (*x_q.shape[:-1], n)
     if m * n == 0:
         return torch.empty(shape, dtype=out_dtype, device=x_q.device)
-    capability, processors = device_of(x_q.device)
-    if config is None:
-        fits = capability == (9, 0) and has_library() and n % 128 == k % 128 == m % 4 == 0
-        config = choose_block(m, n, k, fits=fits, capability=capability, processors=processors)
+    sizes = (m, n, k, x_MK.stride(0))
+    dtypes = (out_dtype, x_scale.dtype, weight_scale.dtype, None if bias is None else bias.dtype)
+    config, start = _prepared(config, sizes, dtypes, x_q.device)
     x_scale, weight_scale = x_scale.contiguous(), weight_scale.contiguous()
-    if config.path == "library":
+    if start is None:
         return library(x_MK, x_scale, weight, weight_scale, bias, out_dtype).view(shape)
     y = torch.empty(shape, dtype=out_dtype, device=x_q.device)
     tensors = (x_MK, weight, y, x_scale, weight_scale, y if bias is None else bias.contiguous())
-    sizes = (m, n, k, x_MK.stride(0))
-    tile = {"BIAS": bias is not None, "EVEN": k % BLOCK == 0, "BM": config.bm, "BN": config.bn, "BK": BLOCK}
-    launch = {"num_warps": config.warps, "num_stages": config.stages, "enable_fp_fusion": False}
     if config.path == "large":
-        large[(tiles(config, m, n),)](*tensors, *sizes, **tile, HALVES=config.halves, GROUP=GROUP, **launch)
-        return y
-    part, count = workspace(config, m, n, torch.float32, x_q.device)
-    grid = (-(-m // config.bm), -(-n // config.bn), config.split)  # tokens first: they share a tile of the weight
-    small[grid](*tensors, part, count, *sizes, **tile, SPLIT=config.split, **launch)
+        start(*tensors)
+    else:
+        start(*tensors, *workspace(config, m, n, torch.float32, x_q.device))
     return y
+
+
+@functools.lru_cache(maxsize=4096)
+def _prepared(
+    config: Config | None, sizes: tuple[int, ...], dtypes: tuple[torch.dtype | None, ...], device: torch.device
+) -> tuple[Config, Start | None]:
+    """The configuration, chosen if it is None, and its kernel; none where torch's own product does all.
+
+    sizes   numbers of the kernels: m, n, k, and the stride of x
+    dtypes  of the output, both scales and the bias
+    """
+    m, n, k, _ = sizes
+    capability, processors = device_of(device)
+    if config is None:
+        fits = capability == (9, 0) and has_library() and n % 128 == k % 128 == m % 4 == 0
+        config = choose_block(m, n, k, fits=fits, capability=capability, processors=processors)
+    if config.path == "library":
+        return config, None
+    told: dict[str, Any] = {
+        "BIAS": dtypes[-1] is not None,
+        "EVEN": k % BLOCK == 0,
+        "BM": config.bm,
+        "BN": config.bn,
+        "BK": BLOCK,
+    }
+    told |= {"num_warps": config.warps, "num_stages": config.stages, "enable_fp_fusion": False}
+    if config.path == "large":
+        told |= {"HALVES": config.halves, "GROUP": GROUP}
+        return config, Start(large, (tiles(config, m, n),), sizes, told)
+    grid = (-(-m // config.bm), -(-n // config.bn), config.split)  # tokens first: they share a tile of the weight
+    return config, Start(small, grid, sizes, {**told, "SPLIT": config.split})
 
 
 def has_library() -> bool:

@@ -8,6 +8,8 @@ nothing to do either.
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 from collections.abc import Mapping
 from typing import Any
 
@@ -85,3 +87,11 @@ def direct(*tensors: torch.Tensor | None) -> bool:
         if needed and t.requires_grad:
             return False
     return True
+
+
+@functools.cache
+def capability(device: torch.device) -> tuple[int, int]:
+    """Of a GPU, if Triton is installed; else (0, 0)."""
+    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
+        return 0, 0
+    return torch.cuda.get_device_capability(device)

@@ -11,11 +11,15 @@ every 128 columns its sum is added to one in float32.
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 
-from quantkit_kernels._w8a8_choice import Config, choose, device_of, tiles
+from quantkit_kernels._launch import Start
+from quantkit_kernels._w8a8_choice import Config, choose, device_of, library, library_fits, tiles
 
 GROUP = 8  # tiles below each other that are worked off together
 _SCALED = (16, 256)  # tile of the kernel that only scales
@@ -310,11 +314,11 @@ def linear(
     m, shape = x_MK.shape[0], (*x_q.shape[:-1], n)
     if m * n == 0:
         return torch.empty(shape, dtype=out_dtype, device=x_q.device)
-    fp8 = weight.dtype != torch.int8
-    capability, processors = device_of(x_q.device)
-    fits = fp8 and library_fits(x_MK, weight, x_scale, weight_scale, out_dtype)
-    config = config or choose(m, n, k, fp8=fp8, fits=fits, capability=capability, processors=processors)
-    if config.path == "library" and fp8:
+    fits = weight.dtype != torch.int8 and library_fits(x_MK, weight, x_scale, weight_scale, out_dtype)
+    sizes = (m, n, k, x_MK.stride(0), int(x_scale.numel() > 1), int(weight_scale.numel() > 1))
+    dtypes = (weight.dtype, out_dtype, x_scale.dtype, weight_scale.dtype, None if bias is None else bias.dtype)
+    config, start = _prepared(config, sizes, dtypes, x_zero is not None, fits, x_q.device)
+    if start is None:
         return library(x_MK, x_scale, weight, weight_scale, bias, out_dtype).view(shape)
     y = torch.empty(shape, dtype=out_dtype, device=x_q.device)
     common = (
@@ -325,27 +329,45 @@ def linear(
         y if x_zero is None else x_zero.contiguous(),
         y if weight_sum is None else weight_sum.contiguous(),
     )
-    sizes = (m, n, k, x_MK.stride(0), int(x_scale.numel() > 1), int(weight_scale.numel() > 1))
-    flags = {"BIAS": bias is not None, "SHIFTED": x_zero is not None}
     if config.path == "library":
-        acc = torch._int_mm(x_MK, weight.t())
-        bm, bn = _SCALED
-        scaled[(-(-n // bn), -(-m // bm))](
-            acc, *common, m, n, *sizes[4:], **flags, BM=bm, BN=bn, num_warps=4, enable_fp_fusion=False
-        )
-        return y
-    launch = {"num_warps": config.warps, "num_stages": config.stages, "enable_fp_fusion": False}
-    flags |= {"EVEN": k % config.bk == 0, "PROMOTE": capability < (10, 0)}
-    tile = {"BM": config.bm, "BN": config.bn, "BK": config.bk}
-    if config.path == "large":
-        large[(tiles(config, m, n),)](
-            x_MK, weight, *common, *sizes, **flags, **tile, HALVES=config.halves, GROUP=GROUP, **launch
-        )
-        return y
-    part, count = workspace(config, m, n, torch.float32 if fp8 else torch.int32, x_q.device)
-    grid = (-(-m // config.bm), -(-n // config.bn), config.split)  # tokens first: they share a tile of the weight
-    small[grid](x_MK, weight, *common, part, count, *sizes, **flags, **tile, SPLIT=config.split, **launch)
+        start(torch._int_mm(x_MK, weight.t()), *common)
+    elif config.path == "large":
+        start(x_MK, weight, *common)
+    else:
+        dtype = torch.int32 if weight.dtype == torch.int8 else torch.float32
+        start(x_MK, weight, *common, *workspace(config, m, n, dtype, x_q.device))
     return y
+
+
+@functools.lru_cache(maxsize=4096)
+def _prepared(
+    config: Config | None,
+    sizes: tuple[int, ...],
+    dtypes: tuple[torch.dtype | None, ...],
+    shifted: bool,
+    fits: bool,
+    device: torch.device,
+) -> tuple[Config, Start | None]:
+    """The configuration, chosen if it is None, and its kernel; none where torch's own product does all.
+
+    sizes   numbers of the kernels: m, n, k, and the strides of x and of both scales
+    dtypes  of the weight, the output, both scales and the bias
+    """
+    m, n, k, _, *scales = sizes
+    fp8, (capability, processors) = dtypes[0] != torch.int8, device_of(device)
+    config = config or choose(m, n, k, fp8=fp8, fits=fits, capability=capability, processors=processors)
+    told: dict[str, Any] = {"BIAS": dtypes[-1] is not None, "SHIFTED": shifted, "enable_fp_fusion": False}
+    if config.path == "library":
+        bm, bn = _SCALED
+        told |= {"BM": bm, "BN": bn, "num_warps": 4}
+        return config, None if fp8 else Start(scaled, (-(-n // bn), -(-m // bm)), (m, n, *scales), told)
+    told |= {"EVEN": k % config.bk == 0, "PROMOTE": capability < (10, 0), "BM": config.bm, "BN": config.bn}
+    told |= {"BK": config.bk, "num_warps": config.warps, "num_stages": config.stages}
+    if config.path == "large":
+        told |= {"HALVES": config.halves, "GROUP": GROUP}
+        return config, Start(large, (tiles(config, m, n),), sizes, told)
+    grid = (-(-m // config.bm), -(-n // config.bn), config.split)  # tokens first: they share a tile of the weight
+    return config, Start(small, grid, sizes, {**told, "SPLIT": config.split})
 
 
 def workspace(
@@ -358,43 +380,3 @@ def workspace(
     count = tiles(config, m, n)
     part = torch.empty((config.split, count, config.bn * config.bm), dtype=dtype, device=device)
     return part, torch.zeros(count, dtype=torch.int32, device=device)
-
-
-def library_fits(
-    x_MK: torch.Tensor,
-    weight: torch.Tensor,
-    x_scale: torch.Tensor,
-    weight_scale: torch.Tensor,
-    out_dtype: torch.dtype,
-) -> bool:
-    """Whether `torch._scaled_mm` takes the operands: sizes of 16 and 16-byte rows; with scales a row only bfloat16 out,
-    and float32 never with a bias."""
-    n, k = weight.shape
-    whole = x_scale.numel() == weight_scale.numel() == 1
-    dtype = out_dtype == torch.bfloat16 or (whole and out_dtype == torch.float16)
-    return dtype and n % 16 == 0 and k % 16 == 0 and x_MK.stride(0) == k and x_MK.data_ptr() % 16 == 0
-
-
-def library(
-    x_MK: torch.Tensor,
-    x_scale: torch.Tensor,
-    weight: torch.Tensor,
-    weight_scale: torch.Tensor,
-    bias: torch.Tensor | None,
-    out_dtype: torch.dtype,
-) -> torch.Tensor:
-    """FP8 by torch's own product, its sums promoted to float32."""
-    if x_scale.numel() == weight_scale.numel() == 1:
-        x_scale, weight_scale = x_scale.float().reshape(()), weight_scale.float().reshape(())
-    else:
-        x_scale = x_scale.float().reshape(-1, 1).expand(x_MK.shape[0], 1).contiguous()
-        weight_scale = weight_scale.float().reshape(1, -1).expand(1, weight.shape[0]).contiguous()
-    return torch._scaled_mm(
-        x_MK,
-        weight.t(),
-        scale_a=x_scale,
-        scale_b=weight_scale,
-        bias=None if bias is None else bias.to(out_dtype),
-        out_dtype=out_dtype,
-        use_fast_accum=False,
-    )

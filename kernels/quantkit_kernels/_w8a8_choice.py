@@ -106,3 +106,43 @@ def device_of(device: torch.device) -> tuple[tuple[int, int], int]:
 def _device(index: int) -> tuple[tuple[int, int], int]:
     found = torch.cuda.get_device_properties(index)
     return (found.major, found.minor), found.multi_processor_count
+
+
+def library_fits(
+    x_MK: torch.Tensor,
+    weight: torch.Tensor,
+    x_scale: torch.Tensor,
+    weight_scale: torch.Tensor,
+    out_dtype: torch.dtype,
+) -> bool:
+    """Whether `torch._scaled_mm` takes the operands: sizes of 16 and 16-byte rows; with scales a row only bfloat16 out,
+    and float32 never with a bias."""
+    n, k = weight.shape
+    whole = x_scale.numel() == weight_scale.numel() == 1
+    dtype = out_dtype == torch.bfloat16 or (whole and out_dtype == torch.float16)
+    return dtype and n % 16 == 0 and k % 16 == 0 and x_MK.stride(0) == k and x_MK.data_ptr() % 16 == 0
+
+
+def library(
+    x_MK: torch.Tensor,
+    x_scale: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    """FP8 by torch's own product, its sums promoted to float32."""
+    if x_scale.numel() == weight_scale.numel() == 1:
+        x_scale, weight_scale = x_scale.float().reshape(()), weight_scale.float().reshape(())
+    else:
+        x_scale = x_scale.float().reshape(-1, 1).expand(x_MK.shape[0], 1).contiguous()
+        weight_scale = weight_scale.float().reshape(1, -1).expand(1, weight.shape[0]).contiguous()
+    return torch._scaled_mm(
+        x_MK,
+        weight.t(),
+        scale_a=x_scale,
+        scale_b=weight_scale,
+        bias=None if bias is None else bias.to(out_dtype),
+        out_dtype=out_dtype,
+        use_fast_accum=False,
+    )

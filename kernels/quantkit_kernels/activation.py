@@ -24,14 +24,13 @@ Every operator is `quantkit::NAME` with a plain-torch NAME_reference beside it, 
 on CUDA, no Triton, rows too wide for registers, a GPU before capability 8.0 (8.9 for fp8_e4m3). None has gradients.
 """
 
-import functools
 import math
 from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 
-from quantkit_kernels.gptq import available
+from quantkit_kernels._launch import capability
 
 WIDEST, WIDEST_NORM = 32768, 16384  # columns that one program's registers hold
 KINDS = {"int8": torch.int8, "fp8_e4m3": torch.float8_e4m3fn}
@@ -169,17 +168,11 @@ def _check(
 
 def _kernels(x: torch.Tensor, kind: str | None, width: int, widest: int) -> ModuleType | None:
     """The module of the kernels where they can run: else the reference does."""
-    if width > widest or _capability(x.device) < ((8, 9) if kind == "fp8_e4m3" else (8, 0)):
+    if width > widest or capability(x.device) < ((8, 9) if kind == "fp8_e4m3" else (8, 0)):
         return None
     from quantkit_kernels import _activation
 
     return _activation
-
-
-@functools.cache
-def _capability(device: torch.device) -> tuple[int, int]:
-    """Of a GPU; (0, 0) where Triton does not run."""
-    return torch.cuda.get_device_capability(device) if available(device) else (0, 0)
 
 
 def _empty(x: torch.Tensor, kind: str, block: int = 0, k: int | None = None) -> Pair:
@@ -203,7 +196,7 @@ def _(x: torch.Tensor, kind: str) -> Pair:
 
 
 @quantize_per_token.register_kernel("cuda")
-def _(x: torch.Tensor, kind: str) -> Pair:
+def launch_per_token(x: torch.Tensor, kind: str) -> Pair:
     _check(x, kind)
     if (kernels := _kernels(x, kind, x.shape[-1], WIDEST)) is None:
         return quantize_per_token_reference(x, kind)
@@ -223,7 +216,7 @@ def _(x: torch.Tensor) -> Triple:
 
 
 @quantize_per_token_asymmetric.register_kernel("cuda")
-def _(x: torch.Tensor) -> Triple:
+def launch_per_token_asymmetric(x: torch.Tensor) -> Triple:
     _check(x)
     if (kernels := _kernels(x, None, x.shape[-1], WIDEST)) is None:
         return quantize_per_token_asymmetric_reference(x)
@@ -243,7 +236,7 @@ def _(x: torch.Tensor, kind: str, block: int = 128) -> Pair:
 
 
 @quantize_per_block.register_kernel("cuda")
-def _(x: torch.Tensor, kind: str, block: int = 128) -> Pair:
+def launch_per_block(x: torch.Tensor, kind: str, block: int = 128) -> Pair:
     _check(x, kind, block)
     if (kernels := _kernels(x, kind, block, WIDEST)) is None:
         return quantize_per_block_reference(x, kind, block)
@@ -263,7 +256,7 @@ def _(x: torch.Tensor, scale: torch.Tensor, kind: str, zero: torch.Tensor | None
 
 
 @quantize_static.register_kernel("cuda")
-def _(x: torch.Tensor, scale: torch.Tensor, kind: str, zero: torch.Tensor | None = None) -> torch.Tensor:
+def launch_static(x: torch.Tensor, scale: torch.Tensor, kind: str, zero: torch.Tensor | None = None) -> torch.Tensor:
     _check(x, kind, scale=scale, zero=zero)
     if (kernels := _kernels(x, kind, 1, WIDEST)) is None:
         return quantize_static_reference(x, scale, kind, zero)

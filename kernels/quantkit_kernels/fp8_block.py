@@ -67,7 +67,7 @@ def _fake(
 
 
 @fp8_block_linear.register_kernel("cuda")
-def _cuda(
+def launch(
     x_q: torch.Tensor,
     x_scale: torch.Tensor,
     weight: torch.Tensor,
@@ -80,8 +80,7 @@ def _cuda(
         return _plain(x_q, x_scale, weight, weight_scale, bias, out_dtype, torch.float32)
     from quantkit_kernels import _fp8_block
 
-    with torch.cuda.device_of(x_q):
-        return _fp8_block.linear(x_q, x_scale, weight, weight_scale, bias, out_dtype)
+    return _fp8_block.linear(x_q, x_scale, weight, weight_scale, bias, out_dtype)
 
 
 def _plain(

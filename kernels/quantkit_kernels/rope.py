@@ -15,7 +15,7 @@ import functools
 
 import torch
 
-from quantkit_kernels.gptq import available
+from quantkit_kernels._launch import capability
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -24,7 +24,7 @@ def rotated(
     q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`rope` where `direct` holds and `fits` does: without the dispatcher, which costs time."""
-    if not runs(q.device):
+    if capability(q.device) < (8, 0):
         return rope_reference(q, k, cos, sin)
     from quantkit_kernels import _rope
 
@@ -76,12 +76,6 @@ def _why_not(
         if own != dtype or tuple(shape) not in ((b, length, dim), (1, length, dim)) or shape != cos:
             return f"{name} is {own} {tuple(shape)}; expected {dtype} ({b} or 1, {length}, {dim})"
     return ""
-
-
-@functools.cache
-def runs(device: torch.device) -> bool:
-    """Whether the kernel does."""
-    return available(device) and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 @torch.library.custom_op("quantkit::rope", mutates_args=())

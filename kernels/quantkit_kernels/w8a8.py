@@ -20,7 +20,7 @@ a kernel of `_w8a8` or torch's own product, on a CPU torch's products, elsewhere
 
 import torch
 
-from quantkit_kernels.gptq import available
+from quantkit_kernels._launch import capability
 
 CHUNK = 1 << 24  # elements of the weight widened at once: bounds the float64 temporary at 128 MiB
 LONGEST = {False: (1 << 17) - 1, True: (1 << 16) - 1}  # K of which int32 holds any sum, without and with zero points
@@ -106,7 +106,7 @@ def _cpu(
 
 
 @w8a8_linear.register_kernel("cuda")
-def _cuda(
+def launch(
     x_q: torch.Tensor,
     x_scale: torch.Tensor,
     weight: torch.Tensor,
@@ -121,15 +121,12 @@ def _cuda(
         return w8a8_linear_reference(x_q, x_scale, weight, weight_scale, bias, out_dtype, x_zero, weight_sum)
     from quantkit_kernels import _w8a8
 
-    with torch.cuda.device_of(x_q):
-        return _w8a8.linear(x_q, x_scale, weight, weight_scale, bias, out_dtype, x_zero, weight_sum)
+    return _w8a8.linear(x_q, x_scale, weight, weight_scale, bias, out_dtype, x_zero, weight_sum)
 
 
 def runs(weight: torch.Tensor) -> bool:
     """Whether kernels multiply by codes of this dtype where they lie: before capability 8.9 a GPU has no FP8."""
-    if not available(weight.device):
-        return False
-    return torch.cuda.get_device_capability(weight.device) >= ((8, 0) if weight.dtype == torch.int8 else (8, 9))
+    return capability(weight.device) >= ((8, 0) if weight.dtype == torch.int8 else (8, 9))
 
 
 def _sums(x_q: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

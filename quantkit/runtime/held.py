@@ -52,6 +52,7 @@ class Held:
     rows_held, columns_held   the part that is held, where a layer is split over several ranks; None: all
     shape    rows and columns that are held
     rounds_input   inputs are rounded before a kernel for weights alone sees them
+    codes_scale_dtype   of the scales, on the paths that hold them as they are
     """
 
     disk: Disk
@@ -66,6 +67,7 @@ class Held:
     columns_held: tuple[int, int] | None = None
     shape: tuple[int, int] = field(init=False, repr=False, compare=False)
     rounds_input: bool = field(init=False, repr=False, compare=False)
+    codes_scale_dtype: torch.dtype = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         """What is asked for at every product."""
@@ -74,6 +76,7 @@ class Held:
         object.__setattr__(self, "shape", (rows[1] - rows[0], columns[1] - columns[0]))
         rounds = self.activations is not None and self.path in ("packed", "plain")
         object.__setattr__(self, "rounds_input", rounds)
+        object.__setattr__(self, "codes_scale_dtype", _stored_scale(self.disk))
 
     def split(self, dim: int, rank: int, ranks: int) -> Held:
         """The part of one rank: of the rows (0) or the columns (1). Raises InputError where it cannot be cut there."""
@@ -96,11 +99,6 @@ class Held:
     @property
     def activations(self) -> TensorScheme | None:
         return self.disk.scheme.activations
-
-    @property
-    def codes_scale_dtype(self) -> torch.dtype:
-        """Of the scales, on the paths that hold them as they are."""
-        return _stored_scale(self.disk)
 
     def specs(self) -> dict[str, Spec]:
         """The tensors that are held: name -> dtype and shape. Those that a file keeps have their names there."""

@@ -24,9 +24,8 @@ from quantkit.formats._shared import by_column
 from quantkit.runtime.held import Held
 from quantkit.runtime.rounding import in_reach, own_columns, rounded
 from quantkit.types import QParams, QuantizedTensor, TensorScheme
-from quantkit_kernels import activation, layout, wxa16
-from quantkit_kernels.fp8_block import fp8_block_linear
-from quantkit_kernels.w8a8 import w8a8_linear
+from quantkit_kernels import activation, fp8_block, layout, w8a8, wxa16
+from quantkit_kernels._launch import direct
 
 
 class Product(nn.Module):
@@ -43,6 +42,10 @@ class Product(nn.Module):
         """One of the tensors that are held; None where there is none of that name."""
         found = self._parameters.get(name)
         return self._buffers.get(name) if found is None else found
+
+    def _found(self) -> Mapping[str, Any]:
+        """All of them by their names, at once."""
+        return self._parameters if "codes" in self._parameters else self._buffers
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """All that is held, by the names of `held.specs()`."""
@@ -67,8 +70,7 @@ class Product(nn.Module):
 
     def _on_words(self, x: torch.Tensor) -> torch.Tensor:
         """The path "packed", of an input that is rounded where it has to be."""
-        held = self.held
-        found: Mapping[str, Any] = self._parameters if "codes" in self._parameters else self._buffers
+        held, found = self.held, self._found()
         whole = found.get("global_scale")
         if whole is not None:
             whole = whole.view(torch.float32)
@@ -78,27 +80,29 @@ class Product(nn.Module):
 
     def _on_codes(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """Inputs as codes, times the weight's."""
-        a = self.held.activations
+        a, now = self.held.activations, direct(x, bias)  # without the dispatcher, which costs time
         assert a is not None
+        found = self._found()
+        scale = found["scale"].view(self.held.codes_scale_dtype)
+        weight = found["codes"] if a.number == "int8" else found["codes"].view(torch.float8_e4m3fn)
         if self.held.path == "block":
-            x_q, x_scale = activation.quantize_per_block(x, "fp8_e4m3", 128)
-            scale = self.scale.view(self._scale_dtype)
-            return fp8_block_linear(x_q, x_scale, self.codes.view(torch.float8_e4m3fn), scale, bias, x.dtype)
-        weight = self.codes if a.number == "int8" else self.codes.view(torch.float8_e4m3fn)
-        scale = self.scale.view(self._scale_dtype)
+            x_q, x_scale = (activation.launch_per_block if now else activation.quantize_per_block)(x, "fp8_e4m3", 128)
+            block = fp8_block.launch if now else fp8_block.fp8_block_linear
+            return block(x_q, x_scale, weight, scale, bias, x.dtype)
         x_zero = None
         if a.strategy == "token" and a.symmetric:
-            x_q, x_scale = activation.quantize_per_token(in_reach(x, a, self.ranks), a.number)
+            per_token = activation.launch_per_token if now else activation.quantize_per_token
+            x_q, x_scale = per_token(in_reach(x, a, self.ranks), a.number)
             x_q = own_columns(x_q, x)
         elif a.strategy == "token":
             x_q, x_scale, x_zero = activation.quantize_per_token_asymmetric(in_reach(x, a, self.ranks))
             x_q = own_columns(x_q, x)
         else:
             x_scale, x_zero = self._input_scale(in_reach(x, a, self.ranks), a)
-            x_q = activation.quantize_static(x, x_scale, a.number, x_zero)
-        weight_sum = self._get("weight_sum")
-        scale = scale if len(scale) == len(weight) else scale.reshape(1)
-        return w8a8_linear(x_q, x_scale, weight, scale, bias, x.dtype, x_zero, weight_sum)
+            x_q = (activation.launch_static if now else activation.quantize_static)(x, x_scale, a.number, x_zero)
+        scale = scale if scale.numel() == self.held.shape[0] else scale.reshape(1)
+        multiply = w8a8.launch if now else w8a8.w8a8_linear
+        return multiply(x_q, x_scale, weight, scale, bias, x.dtype, x_zero, found.get("weight_sum"))
 
     def _input_scale(self, x: torch.Tensor, a: TensorScheme) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Of a whole tensor: calibrated, or found in the tokens at hand."""
@@ -130,16 +134,12 @@ class Product(nn.Module):
         first, last = self.held.columns_held or (0, self.held.disk.shape[1])
         return self._kept("pre_quant_scale")[first:last]
 
-    @property
-    def _scale_dtype(self) -> torch.dtype:
-        return self.held.codes_scale_dtype
-
     def _plain(self, dtype: torch.dtype) -> torch.Tensor:
         w, t = self.held.disk.scheme.weights, self.tensors()
         whole = t.get("global_scale")
         found: torch.Tensor = decode_plain(
             t["codes"],
-            t["scale"].view(self._scale_dtype),
+            t["scale"].view(self.held.codes_scale_dtype),
             t.get("zero"),
             None if whole is None else whole.view(torch.float32),
             t.get("g_idx"),
