@@ -75,10 +75,10 @@ def _watched(hooks: Any) -> bool:
 
 
 def direct(*tensors: torch.Tensor | None) -> bool:
-    """Whether an operator on these may be called as a function: on a GPU, nothing traced, nothing differentiated."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+    """Whether an operator on these may be called as a function: on one GPU, nothing traced, nothing differentiated."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._is_tracing():
         return False
-    needed = torch.is_grad_enabled()
+    needed, place = torch.is_grad_enabled(), None
     for t in tensors:
         if t is None:
             continue
@@ -86,6 +86,9 @@ def direct(*tensors: torch.Tensor | None) -> bool:
             return False
         if needed and t.requires_grad:
             return False
+        if place is not None and t.get_device() != place:
+            return False
+        place = t.get_device()
     return True
 
 
