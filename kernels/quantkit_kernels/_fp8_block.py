@@ -202,7 +202,7 @@ def linear(
     if config.path == "large":
         start(*tensors)
     else:
-        start(*tensors, *workspace(config, m, n, torch.float32, x_q.device))
+        start(*tensors, *workspace(config, m, n, torch.float32, y))
     return y
 
 

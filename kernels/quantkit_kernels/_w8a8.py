@@ -335,7 +335,7 @@ def linear(
         start(x_MK, weight, *common)
     else:
         dtype = torch.int32 if weight.dtype == torch.int8 else torch.float32
-        start(x_MK, weight, *common, *workspace(config, m, n, dtype, x_q.device))
+        start(x_MK, weight, *common, *workspace(config, m, n, dtype, y))
     return y
 
 
@@ -370,13 +370,10 @@ def _prepared(
     return config, Start(small, grid, sizes, {**told, "SPLIT": config.split})
 
 
-def workspace(
-    config: Config, m: int, n: int, dtype: torch.dtype, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Room for the parts of every tile, and a counter of zero for each."""
+def workspace(config: Config, m: int, n: int, dtype: torch.dtype, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Room for the parts of every tile, and a counter of zero for each; y twice where there are none."""
     if config.split == 1:
-        none = torch.empty(0, dtype=dtype, device=device)
-        return none, none
+        return y, y
     count = tiles(config, m, n)
-    part = torch.empty((config.split, count, config.bn * config.bm), dtype=dtype, device=device)
-    return part, torch.zeros(count, dtype=torch.int32, device=device)
+    part = torch.empty((config.split, count, config.bn * config.bm), dtype=dtype, device=y.device)
+    return part, torch.zeros(count, dtype=torch.int32, device=y.device)

@@ -18,6 +18,8 @@ summed in float32, at most 128 of them at a time in the tensor core's shorter fo
 a kernel of `_w8a8` or torch's own product, on a CPU torch's products, elsewhere the reference. It has no gradients.
 """
 
+import functools
+
 import torch
 
 from quantkit_kernels._launch import capability
@@ -116,7 +118,8 @@ def launch(
     x_zero: MaybeTensor = None,
     weight_sum: MaybeTensor = None,
 ) -> torch.Tensor:
-    _check(x_q, x_scale, weight, weight_scale, bias, out_dtype, x_zero, weight_sum)
+    tensors = (x_q, x_scale, weight, weight_scale, bias, x_zero, weight_sum)
+    _check_alike(out_dtype, *(None if t is None else (t.shape, t.dtype) for t in tensors))
     if not runs(weight):
         return w8a8_linear_reference(x_q, x_scale, weight, weight_scale, bias, out_dtype, x_zero, weight_sum)
     from quantkit_kernels import _w8a8
@@ -182,6 +185,17 @@ def _check(
         )
     if tuple(weight_sum.shape) != (n,) or weight_sum.dtype != torch.int32:
         raise ValueError(f"weight_sum is {weight_sum.dtype} {tuple(weight_sum.shape)}; expected int32 ({n},)")
+
+
+@functools.lru_cache(maxsize=4096)
+def _check_alike(out_dtype: torch.dtype, *tensors: tuple[torch.Size, torch.dtype] | None) -> None:
+    """`_check` of tensors with these shapes and dtypes, of which the last two are x_zero and weight_sum."""
+    x_q, x_scale, weight, weight_scale, *others = (
+        None if t is None else torch.empty(t[0], dtype=t[1], device="meta") for t in tensors
+    )
+    assert x_q is not None and x_scale is not None and weight is not None and weight_scale is not None
+    bias, x_zero, weight_sum = others
+    _check(x_q, x_scale, weight, weight_scale, bias, out_dtype, x_zero, weight_sum)
 
 
 def check_operands(
