@@ -73,6 +73,8 @@ def working(out: Path) -> Iterator[Path]:
     folder = out.parent / f".{out.name}.partial"
     lock = _acquire(folder)
     try:
+        if not (folder / OUTPUT).exists() and (out / SUMMARY).is_file():
+            empty(folder)  # killed at the very end: the output is in its place, this was left to be removed
         yield folder
         _replace(out, folder / OUTPUT)
         discard(folder)
@@ -118,7 +120,7 @@ def _acquire(folder: Path) -> int:
     """Makes the folder, with a lock in it that another run can see and that ends with this process."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        if folder.exists() and not (folder / LOCK).exists():
+        if folder.exists() and not (folder / LOCK).exists() and any(folder.iterdir()):
             raise InputError(f"{folder}: exists and is not a leftover of quantkit; move it away")
         folder.mkdir(exist_ok=True)
         handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)

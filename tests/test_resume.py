@@ -117,6 +117,20 @@ def test_killed_at_each_step_by_which_a_block_is_finished(model, whole, tmp_path
         assert not (tmp_path / ".out.partial").exists()
 
 
+def test_killed_at_each_step_by_which_a_run_ends(model, whole, tmp_path):
+    """From the output's move to its place on; what is left then is removed by the same command."""
+    what, out = recipe(model), tmp_path / "out"
+    names = steps(what, out)
+    last = max(i for i, name in enumerate(names, 1) if name == "rename")
+    assert names[last:].count("rmdir") == 3 and len(names) - last < 12
+    for at in range(last, len(names) + 1):
+        shutil.rmtree(out, ignore_errors=True)
+        killed(what, out, at)
+        assert content(out) == whole if at > last else not out.exists()
+        assert content(quantkit.quantize(what, out=out, device="cpu").out) == whole, (at, names[at - 1])
+        assert not (tmp_path / ".out.partial").exists()
+
+
 @pytest.mark.slow
 def test_killed_at_each_call_that_changes_the_disk(tmp_path):
     folder = tiny.save(tmp_path / "model", **SMALL)
