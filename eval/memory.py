@@ -64,13 +64,14 @@ def one(recipe: dict[str, Any], out: Path, device: str) -> dict[str, Any]:
     watcher = threading.Thread(target=watch)
     watcher.start()
     out.mkdir(parents=True)
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), time.process_time()
     pipeline.quantize(plan, out, device=where, progress=Silent())
-    seconds = time.perf_counter() - start
+    seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
     stop.set()
     watcher.join()
     return {
         "seconds": seconds,
+        "cpu_seconds": cpu,
         "before": before,
         "peak": status("VmHWM"),
         "anonymous": most[0],
@@ -79,11 +80,12 @@ def one(recipe: dict[str, Any], out: Path, device: str) -> dict[str, Any]:
     }
 
 
-def measured(recipe: dict[str, Any], out: Path, device: str) -> dict[str, Any]:
-    """`one`, in a process of its own."""
+def measured(recipe: dict[str, Any], out: Path, device: str, threads: int | None = None) -> dict[str, Any]:
+    """`one`, in a process of its own, with so many threads."""
     shutil.rmtree(out, ignore_errors=True)
     command = [sys.executable, __file__, "one", "--recipe", json.dumps(recipe), "--out", str(out), "--device", device]
-    done = subprocess.run(command, capture_output=True, text=True)
+    environment = {**os.environ, **({} if threads is None else {"OMP_NUM_THREADS": str(threads)})}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
         raise SystemExit(f"{recipe}: {done.stderr[-2000:]}")
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])

@@ -3,6 +3,7 @@
     python eval/plan_cases.py --out build/plan-cases                  # on an idle machine: times are compared
     python eval/plan_cases.py --out build/plan-cases --device cuda
     python eval/plan_cases.py --out build/plan-cases --moe DIR        # a mixture of experts as one of them
+    python eval/plan_cases.py --out build/plan-cases --cpu-time       # where others compute too: one thread's CPU time
 
 Sizes are to agree exactly, memory within 15 %, time within 30 %.
 """
@@ -14,6 +15,7 @@ import json
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +35,15 @@ CASES: list[tuple[str, Any, dict[str, Any]]] = [
 ]
 
 
-def predicted(recipe: dict[str, Any], device: str, folder: Path) -> dict[str, float]:
-    """What a plan says, in this process: bytes and seconds."""
+def predicted(recipe: dict[str, Any], device: str, folder: Path, cpu_time: bool) -> dict[str, float]:
+    """What a plan says, in this process: bytes and seconds, of one thread's work where `cpu_time`."""
     import torch
 
     from quantkit import estimate, rehearsal
+
+    if cpu_time:
+        torch.set_num_threads(1)
+        rehearsal.time.perf_counter = time.process_time
     from quantkit import plan as planning
     from quantkit.recipe import Recipe
 
@@ -49,9 +55,10 @@ def predicted(recipe: dict[str, Any], device: str, folder: Path) -> dict[str, fl
     return {"output": plan.output_bytes, "peak": peaks.host, "gpu": peaks.gpu, "seconds": seconds.total}
 
 
-def in_process(recipe: dict[str, Any], device: str, folder: Path) -> dict[str, float]:
+def in_process(recipe: dict[str, Any], device: str, folder: Path, cpu_time: bool) -> dict[str, float]:
     """`predicted`, in a process of its own."""
     command = [sys.executable, __file__, "--predict", json.dumps(recipe), "--device", device, "--out", str(folder)]
+    command += ["--cpu-time"] * cpu_time
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{recipe}: {done.stderr[-2000:]}")
@@ -59,9 +66,10 @@ def in_process(recipe: dict[str, Any], device: str, folder: Path) -> dict[str, f
     return found
 
 
-def compare(out: Path, device: str, moe: str | None, only: str) -> None:
+def compare(out: Path, device: str, moe: str | None, only: str, cpu_time: bool) -> None:
     """Prints a row for each case, both figures of each quantity and how far the plan is off."""
-    print("| run | output bytes | peak MiB, plan / run | GPU MiB, plan / run | seconds, plan / run |")
+    seconds = "CPU seconds" if cpu_time else "seconds"
+    print(f"| run | output bytes | peak MiB, plan / run | GPU MiB, plan / run | {seconds}, plan / run |")
     print("|---|---|---|---|---|")
     for name, model, recipe in CASES:
         if only not in name or (model == "moe" and moe is None):
@@ -73,8 +81,9 @@ def compare(out: Path, device: str, moe: str | None, only: str) -> None:
             else:
                 where = str(moe) if model == "moe" else model
             full = {"model": where, "validate": "none", **recipe}
-            told = in_process(full, device, Path(work) / "plan")
-            done = memory.measured(full, Path(work) / "quantized", device)
+            told = in_process(full, device, Path(work) / "plan", cpu_time)
+            done = memory.measured(full, Path(work) / "quantized", device, threads=1 if cpu_time else None)
+            done["seconds"] = done["cpu_seconds" if cpu_time else "seconds"]
             size = sum(p.stat().st_size for p in (Path(work) / "quantized").glob("*.safetensors"))
             off = [f"{told[k] / done[k] - 1:+.0%}" if done[k] else "" for k in ("peak", "gpu", "seconds")]
             cells = [
@@ -92,13 +101,14 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--moe", help="a folder with a mixture of experts")
     parser.add_argument("--only", default="", help="cases whose name holds this")
+    parser.add_argument("--cpu-time", action="store_true", help="compare the CPU time of one thread, not the clock's")
     parser.add_argument("--predict", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.predict:
-        print(json.dumps(predicted(json.loads(args.predict), args.device, args.out)))
+        print(json.dumps(predicted(json.loads(args.predict), args.device, args.out, args.cpu_time)))
         return
     args.out.mkdir(parents=True, exist_ok=True)
-    compare(args.out, args.device, args.moe, args.only)
+    compare(args.out, args.device, args.moe, args.only, args.cpu_time)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from quantkit.linears import Linear
 from quantkit.plan import Plan, described, outside, short
 from quantkit.progress import duration
 
+CPU_HOST = 64 << 20  # what texts, torch's kernels on a CPU and memory between allocations come to, once it computes
 CUDA_HOST = 900 << 20  # host memory that CUDA and torch's kernels take once a GPU is used
 SPARE = 0.9  # of the memory that is free: what a run may take
 ROUNDING = 6  # float32 copies of a weight while its codes are found
@@ -49,6 +50,7 @@ def memory(
     ranks   processes that share a block's statistics
     """
     base = _resident() + (0 if device.type == "cpu" else CUDA_HOST)
+    base += CPU_HOST if plan.needs_data and device.type == "cpu" else 0
     if not plan.needs_data:
         work = _streamed(plan)
         gpu = work if device.type == "cuda" else 0
@@ -130,7 +132,7 @@ def _phases(plan: Plan, size: int, device: torch.device, passes: int, ranks: int
         inner = max(sum(x.shape[0] for x in group) for group in groups)
         observing = grams + max((k * k * 4 for k in widths), default=0) + tokens * (4 * width + 2 * inner) * size
         rounded = sum(x.shape[0] * x.shape[1] for group in groups for x in group if x.scheme)
-        solving = grams + rounded * 3 + max(_solving(group) for group in groups)
+        solving = grams + rounded + max(_solving(group) for group in groups)
         blocks, works = max(blocks, weights * size), max(works, observing, solving)
     read = [p for p in outside(ghost, plan.structure) if not p.startswith(plan.structure.idle)]
     embeddings = sum(_numel(ghost, p) for p in read) * size
@@ -276,7 +278,7 @@ def describe(
     else:
         facts.append(("calibration", f"none: {recipe.method_name} reads no data; tensors stream from shard to shard"))
     if rehearse:
-        facts.append(("time", _time(rehearsal.rehearse(plan, device, folder))))
+        facts.append(("time", _time(rehearsal.rehearse(plan, device, folder, passes_needed(plan, device)))))
     facts += [(f"loads in {name}", says) for name, says in engines(plan)]
     return {
         "title": f"plan for {plan.source.name}",

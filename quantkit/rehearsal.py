@@ -7,6 +7,7 @@ of its cost (N K², N K, K³: products, elements, factorisation) are fitted to t
 
 from __future__ import annotations
 
+import functools
 import os
 import tempfile
 import time
@@ -17,7 +18,8 @@ from typing import Any
 
 import torch
 
-from quantkit import blocks, observation, solve, streaming
+from quantkit import blocks, observation, shares, solve, streaming
+from quantkit import passes as dividing
 from quantkit.linears import Linear
 from quantkit.plan import Plan, outside
 from quantkit.types import Stats
@@ -55,17 +57,18 @@ class Seconds:
         return max(self.disk, self.stream) if self.stream else self.disk + self.observe + self.solve + self.propagate
 
 
-def rehearse(plan: Plan, device: torch.device, folder: Path) -> Seconds:
+def rehearse(plan: Plan, device: torch.device, folder: Path, passes: int = 1) -> Seconds:
     """Seconds that a run of `plan` will take on this machine, validation apart.
 
     device  where it would compute; folder: an existing one on the disk where it would write
+    passes  in which the inputs of a block's experts are observed
     """
     with torch.no_grad():
         rates = Rates(*disk(folder), products(device))
         read = plan.skeleton.checkpoint.size() / rates.read
         if not plan.needs_data:
             return Seconds(read + plan.output_bytes / rates.write, stream=_streamed(plan, device))
-        observe, propagate = _blocks(plan, device, rates)
+        observe, propagate = _blocks(plan, device, rates, passes)
         # Each block's hidden states are written too, so that an interrupted run goes on from there.
         hidden = hidden_bytes(plan, device) * (len(plan.structure.blocks) - 1)
         written = (plan.output_bytes + hidden) / rates.write
@@ -170,7 +173,7 @@ def _streamed(plan: Plan, device: torch.device) -> float:
 # With calibration ----------------------------------------------------------------------------------------------------
 
 
-def _blocks(plan: Plan, device: torch.device, rates: Rates) -> tuple[float, float]:
+def _blocks(plan: Plan, device: torch.device, rates: Rates, passes: int) -> tuple[float, float]:
     """Seconds of observing all blocks, and of running them again."""
     kinds: dict[Kind, list[blocks.Block]] = {}
     for block in plan.structure.blocks:
@@ -178,12 +181,12 @@ def _blocks(plan: Plan, device: torch.device, rates: Rates) -> tuple[float, floa
         kinds.setdefault(key, []).append(block)
     observe = propagate = 0.0
     for alike in kinds.values():
-        first, second = _one_block(plan, alike[0], device, rates)
+        first, second = _one_block(plan, alike[0], device, rates, passes)
         observe, propagate = observe + first * len(alike), propagate + second * len(alike)
     return observe, propagate * (1 - 1 / len(plan.structure.blocks))
 
 
-def _one_block(plan: Plan, block: blocks.Block, device: torch.device, rates: Rates) -> tuple[float, float]:
+def _one_block(plan: Plan, block: blocks.Block, device: torch.device, rates: Rates, passes: int) -> tuple[float, float]:
     """Seconds of observing one block and of running it again, for all calibration rows."""
     ghost, wanted = plan.skeleton, plan.recipe.calibration
     dtype = torch.float32 if device.type == "cpu" else ghost.dtype
@@ -199,16 +202,23 @@ def _one_block(plan: Plan, block: blocks.Block, device: torch.device, rates: Rat
     try:
         batch = _batch(plan, rows, length, device, dtype)
         module = ghost.model.get_submodule(block.name)
-        needs = {name: plan.needs(plan.linears[name]) for name in block.linears}
-        one = timed(lambda: observation.observe(ghost.model, block, [batch], needs), device)
-        two = timed(lambda: observation.observe(ghost.model, block, [batch, batch], needs), device, repeats=1)
         again = timed(lambda: blocks.run(module, batch, block.index), device)
+        batches = wanted.samples * wanted.length / (rows * length)
+
+        def observed(groups: Sequence[dividing.Group], dense: bool) -> float:
+            needs = {name: plan.needs(plan.linears[name]) for group in groups for name in group}
+            seen = functools.partial(observation.observe, ghost.model, block, needs=needs, dense=dense)
+            one = timed(lambda: seen([batch]), device)
+            each = max(timed(lambda: seen([batch, batch]), device, repeats=1) - one, again)
+            return max(0.0, one - each) + each * batches * (2 if dense and plan.carries_dense else 1)
+
+        parts = dividing.divided(plan, block, passes, shares.owners(block, plan, 1), device)
+        observe = observed(parts[0], dense=True)
+        if len(parts) > 1:  # those after the first are of one size
+            observe += observed(parts[1], dense=False) * (len(parts) - 1)
     finally:
         ghost.unload(names)
-    each = max(two - one, again)
-    batches = wanted.samples * wanted.length / (rows * length)
-    twice = 2 if plan.carries_dense else 1
-    return max(0.0, one - each) + each * batches * twice, again * batches
+    return observe, again * batches
 
 
 def _batch(plan: Plan, rows: int, length: int, device: torch.device, dtype: torch.dtype) -> blocks.Batch:

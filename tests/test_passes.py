@@ -116,7 +116,8 @@ def test_as_many_passes_as_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(estimate, "available", lambda: int(peaks[4] / estimate.SPARE) + 2 - base)
     assert estimate.passes_needed(plan, CPU) == 4
     assert estimate.memory(plan, CPU).host == peaks[4]
-    told = estimate.describe(plan, device=CPU, folder=tmp_path)
+    told = estimate.describe(plan, device=CPU, folder=tmp_path, rehearse=True)
+    assert dict(told["facts"])["time"].startswith("about ")
     assert "in 4 passes over each block" in dict(told["facts"])["experts' statistics"]
     assert not any("memory" in line for line in told["warnings"]), "it fits"
     progress = Silent()
