@@ -126,10 +126,12 @@ def _scales(
         consumers.append(Consumer(name, weight, scheme, dtype, _share(name, seen, stats)))
     if all(c.scheme is None for c in consumers):
         return None
+    producer = plan.linears.get(link.producer)
+    # Rows of the producer are divided: where its scales are powers of two, any other factor moves them on their grid.
+    octaves = producer is not None and producer.scheme is not None and producer.scheme.weights.number.startswith("mx")
+    how: dict[str, Any] = {"notes": notes, "channels_K": link.channels(), "octaves": octaves}
     try:
-        found: torch.Tensor | None = transform.module.scales(
-            consumers, stats, options=transform.options, notes=notes, channels_K=link.channels()
-        )
+        found: torch.Tensor | None = transform.module.scales(consumers, stats, options=transform.options, **how)
     except InputError as e:
         raise InputError(f"{link.producer} -> {', '.join(link.consumers)}: {e}") from None
     return found

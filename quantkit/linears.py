@@ -85,7 +85,7 @@ def _check(name: str, shape: tuple[int, int], dtype: str, scheme: Scheme, recipe
         raise InputError(f"{name}: its weight is stored as {dtype}; only F32, F16 and BF16 can be quantized")
     try:
         search = getattr(recipe.method_options, "scale_search", None)
-        if search not in (None, "diagh"):  # diagh is mse, weighted
+        if search not in (None, "auto", "diagh", "output"):  # which are mse, weighted, or of a narrower absmax
             numerics.check_search(scheme.weights.number, search)
         numerics.groups(scheme.weights, shape[1])
         if scheme.activations is not None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from quantkit import numerics
-from quantkit.algorithms import gptq, rtn
+from quantkit.algorithms import _output, gptq, rtn
 from quantkit.errors import InputError
 from quantkit.types import Notes, QuantizedTensor, Stats, TensorScheme
 
@@ -252,3 +252,51 @@ def test_rounding_can_weigh_scales_by_the_inputs():
     assert rtn.needs(rtn.Options(scale_search="diagh")) == {"energy"} and not rtn.needs(rtn.Options())
     with pytest.raises(InputError, match="the mean square of this layer's inputs"):
         rtn.quantize(w, scheme, None, options=rtn.Options(scale_search="diagh"), **run)
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        TensorScheme("int4", "group", 32),
+        TensorScheme("int4", "group", 32, symmetric=False),
+        TensorScheme("int3", "channel"),
+        TensorScheme("mxfp4", "group", 32),
+        TensorScheme("fp8_e4m3", "channel"),
+    ],
+    ids=lambda scheme: f"{scheme.number}-{scheme.strategy}-{scheme.symmetric}",
+)
+def test_rounding_can_choose_scales_by_the_output(scheme: TensorScheme):
+    """Of each group's part of the output, no choice of another search has a smaller error; all rows at once or few."""
+    w, stats = layer(48, 64, 512)
+    run: dict[str, Any] = {"scale_dtype": torch.bfloat16, "notes": Notes()}
+    found = rtn.quantize(w, scheme, stats, options=rtn.Options(), **run)
+    size = 64 if scheme.strategy == "channel" else 32
+
+    def errors(q: QuantizedTensor) -> torch.Tensor:
+        missed = (numerics.dequantize(q) - w.float()).double().view(48, -1, size)
+        blocks = torch.stack([gram(stats)[i : i + size, i : i + size] for i in range(0, 64, size)]).double()
+        return torch.einsum("ngi,gij,ngj->ng", missed, blocks, missed)
+
+    others = [rtn.quantize(w, scheme, stats, options=rtn.Options(scale_search=x), **run) for x in ("mse", "diagh")]
+    for other in others:
+        assert bool((errors(found) <= errors(other) * (1 + 1e-5)).all())
+    assert min(float(errors(other).sum()) for other in others) > 1.01 * float(errors(found).sum())
+    asked = rtn.quantize(w, scheme, stats, options=rtn.Options(scale_search="output"), **run)
+    assert torch.equal(asked.codes_NK.float(), found.codes_NK.float()), "auto is output where H is known"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_output, "ELEMENTS", {"cpu": 5 * 64})
+        few = rtn.quantize(w, scheme, stats, options=rtn.Options(), **run)
+    assert torch.equal(few.qparams.scale_NG, found.qparams.scale_NG)
+
+
+def test_rounding_by_the_output_needs_it_and_one_scale_a_group():
+    w, stats = layer(32, 64, 512)
+    run: dict[str, Any] = {"scale_dtype": torch.bfloat16, "notes": Notes()}
+    assert rtn.needs(rtn.Options(scale_search="output")) == {"gram"}
+    with pytest.raises(InputError, match="scale_search output needs calibration data"):
+        rtn.quantize(w, TensorScheme("int4", "group", 32), None, options=rtn.Options(scale_search="output"), **run)
+    for scheme in (TensorScheme("nvfp4", "group", 16), TensorScheme("int8", "tensor")):
+        found, weighted = (
+            rtn.quantize(w, scheme, stats, options=rtn.Options(scale_search=x), **run) for x in ("output", "diagh")
+        )
+        assert torch.equal(found.codes_NK.float(), weighted.codes_NK.float())

@@ -160,7 +160,7 @@ def test_resolved_yaml_says_every_default_in_a_fixed_order() -> None:
     for line in (
         "preset: W4A16",
         "group_size: 128",
-        "scale_search: mse",
+        "scale_search: auto",
         "length: 2048",
         "input_scale: absmax",
         "kv_cache: none",
@@ -250,7 +250,7 @@ def test_every_problem_is_listed_once_in_the_order_of_the_file() -> None:
             "method: expected one method, by name or as a mapping of its options; got gptq,",
         ),
         ("method: []", "method: expected one method, by name or as a mapping of its options; got []"),
-        ("method: {rtn: {scale_search: best}}", "method.rtn.scale_search: expected 'absmax'"),
+        ("method: {rtn: {scale_search: best}}", "method.rtn.scale_search: expected 'auto'"),
         ("method: {rtn: {scale_serach: mse}}", "unknown key method.rtn.scale_serach; did you mean scale_search?"),
         ("method: {gptq: {dampening: '0.1'}}", "method.gptq.dampening: expected a number, got '0.1'"),
         ("export: {format: compressed-tensor}", "unknown format compressed-tensor; did you mean compressed-tensors?"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -190,3 +191,19 @@ def test_an_architecture_that_cannot_be_rotated_is_refused(kind: str, tmp_path: 
 def test_bad_transforms_are_refused(transforms: Any, said: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=said):
         quantkit.quantize(recipe("builtin:pydocs-llama-7m", transforms=transforms), out=tmp_path / "out")
+
+
+@pytest.mark.parametrize("transform", ["awq", {"smoothquant": {"alpha": 0.3}}], ids=["awq", "sq"])
+def test_rows_on_a_grid_of_powers_of_two_are_moved_along_it(transform: Any, tmp_path: Path) -> None:
+    """Scales of MX formats are powers of two: divided by one, v and up round to the same values; by others, not."""
+    folder = tiny.save(tmp_path / "model")
+    what = recipe(folder, scheme="MXFP4A16", transforms=[transform])
+    outputs = {"out": what, "plain": {**what, "transforms": []}}
+    done = {name: quantkit.quantize(own, out=tmp_path / name, device="cpu") for name, own in outputs.items()}
+    spans = {x["producer"]: (x["least"], x["largest"]) for x in done["out"].summary["folds"]}
+    linear = {name: span for name, span in spans.items() if name.endswith("_proj")}
+    assert all(math.log2(x).is_integer() for span in linear.values() for x in span)
+    if transform != "awq":  # awq may find nothing better than 1
+        assert {name.rpartition(".")[2] for name in linear} == {"v_proj", "up_proj"}
+        assert any(span != (1.0, 1.0) for span in linear.values())
+    assert not all(math.log2(x).is_integer() for name in spans.keys() - linear.keys() for x in spans[name])

@@ -12,7 +12,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from quantkit import numerics
-from quantkit.algorithms import _weights
+from quantkit.algorithms import _output, _weights
 from quantkit.errors import InputError
 from quantkit.types import Notes, QuantizedTensor, Stats, TensorScheme
 
@@ -22,17 +22,19 @@ class Options(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    scale_search: Literal["absmax", "mse", "diagh", "ocp", "even", "rceil", "four_six"] = Field(
-        "mse",
+    scale_search: Literal["auto", "absmax", "mse", "diagh", "output", "ocp", "even", "rceil", "four_six"] = Field(
+        "auto",
         description="How scales are chosen: absmax spans the largest weight, mse has the least squared error, "
-        "diagh that weighted by the mean square of each input, which needs calibration data. "
+        "diagh that weighted by the mean square of each input, output the least error of each group's part of the "
+        "output; the last two need calibration data. auto is output behind a transform that has the second moments "
+        "of inputs observed, as awq does, and mse otherwise. "
         "MX formats also have ocp, even and rceil, nvfp4 has four_six.",
     )
 
 
 def needs(options: Options) -> frozenset[str]:
     """The statistics that `quantize` reads."""
-    return frozenset({"energy"} if options.scale_search == "diagh" else ())
+    return frozenset({"diagh": {"energy"}, "output": {"gram"}}.get(options.scale_search, ()))
 
 
 def quantize(
@@ -49,6 +51,12 @@ def quantize(
     Raises InputError when scales are to be weighted by the inputs and their statistics are missing or not finite.
     """
     w, search, importance = w_NK.float(), options.scale_search, None
+    if search == "auto":
+        search = "mse" if stats is None or stats.gram_KK is None else "output"
+    if search == "output":
+        if stats is None or stats.gram_KK is None:
+            raise InputError("scale_search output needs calibration data: the mean of x xᵀ of this layer's inputs")
+        return numerics.quantize(w, _output.qparams(w, stats.gram_KK, scheme, scale_dtype=scale_dtype), scheme)
     if search == "diagh":
         if stats is None or (stats.energy_K is None and stats.gram_KK is None):
             raise InputError("scale_search diagh needs calibration data: the mean square of this layer's inputs")

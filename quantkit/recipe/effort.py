@@ -26,7 +26,7 @@ def method_of(effort: Effort, schemes: Sequence[Scheme], engines: Sequence[str])
     from quantkit import lint
 
     methods: dict[str, Any] = {
-        "fast": {"rtn": {"scale_search": "mse"}},
+        "fast": "rtn",
         "default": {"gptq": {"pre_shift": 0.25}} if any(s.weights.number == "mxfp4" for s in schemes) else "gptq",
         "best": {"gptq": {"pre_shift": 0.5, "sweeps": 8, "signed_scales": not lint.unsigned(schemes, engines)}},
     }

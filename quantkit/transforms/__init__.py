@@ -159,6 +159,11 @@ def gathered(x_K: torch.Tensor, channels_K: torch.Tensor | None) -> torch.Tensor
     return x_K.new_zeros(int(channels.max()) + 1).scatter_reduce_(0, channels, x_K, "amax", include_self=False)
 
 
+def in_octaves(s_P: torch.Tensor) -> torch.Tensor:
+    """The power of two nearest to each scale, by its logarithm."""
+    return s_P.log2().round().exp2()
+
+
 def spread(s_P: torch.Tensor, channels_K: torch.Tensor | None) -> torch.Tensor:
     """The scale of each producer channel (P,) -> of each consumer column (K,)."""
     return s_P if channels_K is None else s_P[channels_K.to(s_P.device)]

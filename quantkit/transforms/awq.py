@@ -14,12 +14,14 @@ along b, and along a + b = const, where an outlier channel is undone) at a dista
 links of a trained model, of one with outliers, and random ones its error was that of the best of both lines, with 16
 evaluations on average and at most 25 instead of 42.
 
+A producer that is quantized too, v or up, has its rows divided. Where its own scales are powers of two (MX formats)
+that moves each row on its grid, and costs there what it brings behind: so the candidates are powers of two as well.
+
 Where heads are repeated (grouped-query attention) all columns that read one channel share its scale, x and w being the
 largest of them, so v -> o can be folded too.
 
 AutoAWQ's clipping (shrink the largest weight of a group as far as the output's error falls) is no option here: it
-changes the weights and not the scale per channel, and the methods' own scale search (`mse`, `diagh`) is that search,
-for every group, symmetric or not, on a finer grid.
+changes the weights and not the scale per channel. It is rtn's scale search `output`, its default behind this transform.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from quantkit.errors import InputError
 from quantkit.numerics._tiles import tile_shape
-from quantkit.transforms import Consumer, gathered, quantized, rounding_error, spread, stacked
+from quantkit.transforms import Consumer, gathered, in_octaves, quantized, rounding_error, spread, stacked
 from quantkit.types import Notes, Stats
 
 LEAST = 1e-4  # of a scale, before and after it is normalised
@@ -68,11 +70,13 @@ def scales(
     options: Options,
     notes: Notes,
     channels_K: torch.Tensor | None = None,
+    octaves: bool = False,
 ) -> torch.Tensor | None:
     """The scale of each channel of a link, (P,) float32 above 0; None when none is better than 1 throughout.
 
     stats       of the consumers' common input (K channels); of all tokens where there are experts
     channels_K  the producer's channel that each input channel is, as `Link.channels` gives it; None when it is its own
+    octaves     powers of two only
     Raises InputError when the statistics are missing or not finite.
     """
     if stats.gram_KK is None or stats.absmean_K is None:
@@ -88,7 +92,8 @@ def scales(
     w_P = gathered(_weight_size(counted), channels_K)
 
     def candidate(a: float, b: float) -> torch.Tensor:
-        return _normalised(x_P**a / (w_P**b + LEAST), live)
+        s_P = _normalised(x_P**a / (w_P**b + LEAST), live)
+        return in_octaves(s_P) if octaves else s_P
 
     def error(a: float, b: float) -> float:
         return float(rounding_error(counted, spread(candidate(a, b), channels_K), gram, options.search))

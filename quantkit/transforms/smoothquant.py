@@ -24,7 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from quantkit import numerics
 from quantkit.errors import InputError
 from quantkit.numerics._activations import fake_quantize
-from quantkit.transforms import Consumer, Stack, gathered, quantized, rounding_error, spread, stacked
+from quantkit.transforms import Consumer, Stack, gathered, in_octaves, quantized, rounding_error, spread, stacked
 from quantkit.types import Notes, Stats, TensorScheme
 
 ALPHAS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -56,11 +56,13 @@ def scales(
     options: Options,
     notes: Notes,
     channels_K: torch.Tensor | None = None,
+    octaves: bool = False,
 ) -> torch.Tensor | None:
     """The scale of each channel of a link, (P,) float32 above 0; None to leave the channels as they are.
 
     stats       of the consumers' common input (K channels); of all tokens where there are experts
     channels_K  the producer's channel that each input channel is, as `Link.channels` gives it; None when it is its own
+    octaves     powers of two only
     Raises InputError when the statistics are missing or not finite.
     """
     if stats.absmax_K is None:
@@ -73,15 +75,20 @@ def scales(
         return None
     largest = torch.stack([stack.weight_NK.float().abs().amax(0) for stack in stacked(counted)]).amax(0)
     w_P = gathered(largest, channels_K)
+
+    def candidate(alpha: float) -> torch.Tensor:
+        s_P = smoothed(x_P, w_P, alpha)
+        return in_octaves(s_P) if octaves else s_P
+
     if options.alpha != "search":
-        return smoothed(x_P, w_P, options.alpha)
+        return candidate(options.alpha)
     if stats.gram_KK is None or stats.sample_MK is None:
         raise InputError("smoothquant with alpha search needs the mean of x xᵀ and a sample of this layer's inputs")
     gram, sample = stats.gram_KK.float(), stats.sample_MK
     x_MK = sample[:: max(1, -(-len(sample) // TOKENS))].float()
     best, least = None, _error(counted, torch.ones_like(stats.absmax_K.float()), gram, x_MK, stats.absmax_K)
     for alpha in ALPHAS:
-        s_P = smoothed(x_P, w_P, alpha)
+        s_P = candidate(alpha)
         found = _error(counted, spread(s_P, channels_K), gram, x_MK, stats.absmax_K)
         if found < least:
             best, least = s_P, found
