@@ -35,6 +35,11 @@ def content(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
+def untimed(folder: Path) -> dict[str, bytes]:
+    """The files that do not tell of times."""
+    return {name: data for name, data in content(folder).items() if name not in ("report.html", "results.json")}
+
+
 class Saying(Silent):
     """Keeps what was said."""
 

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from interrupted import content, untimed
 
 import quantkit
 from quantkit import joining, observation, pipeline, ranks, stats
@@ -49,10 +50,6 @@ def torchrun(count: int, *command: str, cwd: Path) -> subprocess.CompletedProces
 
 def recipe(model: Path, **changes: Any) -> dict[str, Any]:
     return {"model": str(model), "scheme": W4, "calibration": CALIBRATION, "validate": "none", **changes}
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 def compare(tmp_path: Path, count: int, recipes: Mapping[str, dict[str, Any]]) -> None:
@@ -203,7 +200,7 @@ def test_a_run_goes_on_with_another_number_of_ranks(tmp_path: Path) -> None:
     done = torchrun(4, "-m", "quantkit", "quantize", "recipe.json", "--out=again", "--device=cpu", cwd=tmp_path)
     assert done.returncode == 0 and "continuing at block 2 of 4" in done.stderr, done.stderr[-2000:]
     quantkit.quantize(tmp_path / "recipe.json", out=tmp_path / "one", device="cpu")
-    assert content(tmp_path / "out") == content(tmp_path / "again") == content(tmp_path / "one")
+    assert untimed(tmp_path / "out") == untimed(tmp_path / "again") == untimed(tmp_path / "one")
 
 
 @pytest.mark.slow
