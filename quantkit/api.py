@@ -28,6 +28,7 @@ from quantkit import (
     resuming,
     room,
     running,
+    summation,
     validation,
 )
 from quantkit import plan as planning
@@ -113,6 +114,7 @@ def quantize(
     by then is kept in `.OUT.partial`. GateError when the output computes NaN or Inf, and then it is kept and marked as
     failed.
     """
+    summation.fix()
     progress = progress or Silent()
     if calibration_data is not None:
         overrides = (*overrides, f"calibration.data={calibration.PYTHON}")

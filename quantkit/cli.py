@@ -113,7 +113,9 @@ def _api() -> ModuleType:
     """quantkit.api, with transformers' own bars off: they would cross ours, and say less."""
     from transformers.utils import logging
 
-    from quantkit import api
+    from quantkit import api, heap
+
+    heap.set_up()
 
     logging.disable_progress_bar()
     return api

@@ -32,6 +32,7 @@ from quantkit import (
     estimate,
     experts,
     folding,
+    heap,
     hidden,
     kv_cache,
     observation,
@@ -237,6 +238,7 @@ def _block(run: Run, block: blocks.Block, batches: list[blocks.Batch]) -> None:
         with run.profile("propagate"):
             _run_on(run, block, batches)
     run.plan.skeleton.unload(names)
+    heap.give_back()
 
 
 def _rounded(

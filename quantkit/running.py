@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from quantkit import allocation, hardware, hub, output, pipeline, repair, validation
+from quantkit import allocation, hardware, hub, output, pipeline, repair, summation, validation
 from quantkit import plan as planning
 from quantkit.errors import GateError
 from quantkit.journal import Journal
@@ -36,9 +36,14 @@ def identity(recipe: Recipe, source: hub.Source, device: torch.device) -> dict[s
         "source": {"model": source.model, "fingerprint": source.fingerprint(), **model},
         "versions": versions(),
         "device": torch.cuda.get_device_name(device) if cuda else f"CPU with {torch.backends.cpu.get_cpu_capability()}",
-        # LAPACK's factorizations round in another order with another number of them.
-        "threads": None if cuda else torch.get_num_threads(),
+        "threads": None if cuda or _any_threads(recipe) else torch.get_num_threads(),
     }
+
+
+def _any_threads(recipe: Recipe) -> bool:
+    """Whether a CPU gives the same bytes with any number of threads: shown for these methods alone."""
+    plain = recipe.method_name in ("gptq", "rtn") and not recipe.transforms and recipe.scheme.auto is None
+    return plain and summation.fixed()
 
 
 def choose(

@@ -199,7 +199,7 @@ def _output_error(w: torch.Tensor, decoded: torch.Tensor, gram: torch.Tensor) ->
     d = w - decoded
     # Three digits are wanted: on a GPU, products of TF32 give them in an eighth of the time.
     with products(allow_tf32=True):
-        error, whole = float(((d @ gram) * d).sum()), float(((w @ gram) * w).sum())
+        error, whole = (math.fsum(((x @ gram) * x).sum(1).tolist()) for x in (d, w))
     return error / whole if whole else 0.0
 
 

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from quantkit import numerics, resuming, skeleton, solve
+from quantkit import heap, numerics, resuming, skeleton, solve
 from quantkit.checkpoint import DTYPES
 from quantkit.errors import InputError
 from quantkit.linears import Linear, whole
@@ -88,6 +88,7 @@ def stream(
                 report, names = _told(part, found, progress), _names(plan, part)
                 if part.index is not None:
                     finished.block(writer, report, names=names)
+                    heap.give_back()
                 elif part.name == OUTSIDE:
                     finished.outside(writer, names)
     finally:

@@ -9,6 +9,8 @@ import pytest
 
 # The tests run in as many processes as there are cores: one thread each is fastest, and sums come out in one order.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# As quantize has it, but for all processes alike: some have multiplied matrices before they call it.
+os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # No test may need the Hub; one that asks for it fails at once, not after a time-out.
 os.environ["HF_HUB_OFFLINE"] = "1"

@@ -33,6 +33,8 @@ LAYERS = (
         "quantkit.profile",
         "quantkit.heartbeat",
         "quantkit.background",
+        "quantkit.heap",
+        "quantkit.summation",
         "quantkit.ranks",
         "quantkit.joining",
         "quantkit.hub",

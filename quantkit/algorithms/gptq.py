@@ -28,7 +28,7 @@ from typing import Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
-from quantkit import numerics
+from quantkit import numerics, summation
 from quantkit.algorithms import _kernels, _weights
 from quantkit.algorithms._refine import refine, refits
 from quantkit.errors import InputError
@@ -247,7 +247,8 @@ def _factor(
         damped = damped.to(dtype)
         for step in ladder:
             damped.diagonal().copy_(undamped.to(dtype) + step * mean.to(dtype))
-            lower, info = torch.linalg.cholesky_ex(damped)
+            with summation.one_thread():
+                lower, info = torch.linalg.cholesky_ex(damped)
             if int(info) == 0 and bool(torch.isfinite(lower.diagonal()).all()):
                 if step != dampening or dtype != torch.float32:
                     notes.add(f"H was not positive definite; factored with dampening {step:g} in {dtype}")
