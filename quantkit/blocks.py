@@ -303,8 +303,13 @@ def _rows_of(value: Any, part: slice, count: int) -> Any:
     return {k: _rows_of(v, part, count) for k, v in value.items()} if isinstance(value, dict) else value
 
 
+def on_disk(x: torch.Tensor) -> bool:
+    """Whether it is a file that is mapped into memory."""
+    return x.device.type == "cpu" and x.untyped_storage().filename is not None
+
+
 def store(x: torch.Tensor, place: torch.Tensor | None) -> torch.Tensor:
-    """Keeps hidden states where they are kept: in `place` when that is on another device, else as they are."""
-    if place is None or place.device == x.device:
+    """Keeps hidden states where they are kept: in `place` when that is elsewhere, else as they are."""
+    if place is None or (place.device == x.device and not on_disk(place)):
         return x
     return place.copy_(x, non_blocking=True)

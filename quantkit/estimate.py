@@ -19,7 +19,8 @@ from quantkit import inventory, lint, rehearsal, room, shares, skeleton, solve, 
 from quantkit import passes as dividing
 from quantkit.blocks import Block
 from quantkit.checkpoint import DTYPES, nbytes
-from quantkit.hidden import LARGE, SHARE
+from quantkit.heap import available
+from quantkit.hidden import LARGE, chosen
 from quantkit.linears import Linear
 from quantkit.plan import Plan, described, outside, short
 from quantkit.progress import duration
@@ -45,7 +46,7 @@ def memory(
 ) -> Memory:
     """The peaks of a run.
 
-    place   where hidden states wait, "device" or "host"; by default as `hidden_place` has it
+    place   where hidden states wait, "device", "host" or "disk"; by default as `hidden_place` has it
     passes  in how many parts the inputs of a block are observed; by default as `passes_needed` has it
     ranks   processes that share a block's statistics
     """
@@ -59,24 +60,20 @@ def memory(
     held = rehearsal.hidden_bytes(plan, device)
     phases = _phases(plan, size, device, passes or passes_needed(plan, device), ranks)
     kept = held * 2 // 3 if plan.carries_dense else held
-    copy = kept if kept >= LARGE else 0  # on the way to the disk, while the next block is computed
+    place = place or hidden_place(plan, device)
+    copy = kept if kept >= LARGE and place != "disk" else 0  # on the way to the disk, while the next block is computed
     parts = {"this process": base, "hidden states": held, "their copy for the disk": copy, **phases}
     work = max(phases["embeddings and head"], phases["one block"] + phases["one block's work"])
     if device.type == "cpu":
-        return Memory(base + held + copy + work, 0, parts)
-    place = place or hidden_place(plan, device)
+        return Memory(base + (held if place != "disk" else held // _batches(plan)) + copy + work, 0, parts)
     largest = max(nbytes(spec) for spec in plan.skeleton.checkpoint.specs.values())
     host = base + copy + 2 * largest + (held if place == "host" else 0)
     return Memory(host, work + (held if place == "device" else held // _batches(plan)), parts)
 
 
 def hidden_place(plan: Plan, device: torch.device) -> str:
-    """Where hidden states wait between blocks, "device" or "host": by the recipe, or by what is free on the GPU."""
-    wanted = plan.recipe.calibration.hidden
-    if device.type == "cpu" or wanted != "auto":
-        return "host" if device.type == "cpu" else wanted
-    held = rehearsal.hidden_bytes(plan, device)
-    return "device" if held <= torch.cuda.mem_get_info(device)[0] * SHARE else "host"
+    """Where hidden states wait between blocks, as `hidden.chosen` has it."""
+    return chosen(rehearsal.hidden_bytes(plan, device), plan.recipe.calibration.hidden, device)
 
 
 def _batches(plan: Plan) -> int:
@@ -183,16 +180,6 @@ def _resident() -> int:
         return 0
 
 
-def available() -> int:
-    """Memory of the host that is free for a new process; 0 where the system does not say."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as f:
-            line = next(line for line in f if line.startswith("MemAvailable"))
-            return int(line.split()[1]) * 1024
-    except (OSError, StopIteration):
-        return 0
-
-
 # What would have to change -------------------------------------------------------------------------------------------
 
 
@@ -200,7 +187,8 @@ def changes(plan: Plan, device: torch.device, folder: Path) -> list[str]:
     """What does not fit on this machine, each with what would make it fit."""
     found = []
     disk = shutil.disk_usage(folder).free
-    need = plan.output_bytes + (2 * rehearsal.hidden_bytes(plan, device) if plan.needs_data else 0)
+    copies = 0 if not plan.needs_data else 3 if hidden_place(plan, device) == "disk" else 2
+    need = plan.output_bytes + copies * rehearsal.hidden_bytes(plan, device)
     if need > disk:
         found.append(f"disk: {need:,} bytes are needed and {disk:,} are free; write elsewhere with --out, or free some")
     here, free = memory(plan, device), available() + _resident()
@@ -225,7 +213,7 @@ def _fitting(plan: Plan, device: torch.device) -> str:
 def _smaller(plan: Plan) -> Iterable[tuple[Plan, str]]:
     """The plan with less in memory, the least loss first. Neither changes what is computed but for rounding."""
     wanted, rows = plan.recipe.calibration, plan.recipe.calibration.batch_size
-    places = dict.fromkeys([wanted.hidden, "host"])
+    places = dict.fromkeys([wanted.hidden, "host", "disk"])
     for place in places:
         size = rows
         while size >= 1:
@@ -291,6 +279,7 @@ def describe(
 _PLACES = {
     "device": "on the GPU between blocks",
     "host": "in the host's memory between blocks",
+    "disk": "in a file on the disk between blocks, mapped into memory",
 }
 
 

@@ -14,6 +14,16 @@ LARGE = 4 << 20  # bytes of a tensor that are a mapping of their own, and go bac
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 
 
+def available() -> int:
+    """Memory of the host that is free for a new process; 0 where the system does not say."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as f:
+            line = next(line for line in f if line.startswith("MemAvailable"))
+            return int(line.split()[1]) * 1024
+    except (OSError, StopIteration):
+        return 0
+
+
 def give_back() -> None:
     """Gives the system back what is free in the heap: milliseconds."""
     if trim := _function("malloc_trim"):

@@ -1,21 +1,27 @@
 """Hidden states between blocks: where they wait, and the copy on disk from which an interrupted run goes on.
 
 On a GPU they stay where they are computed, or wait in page-locked memory of the host, which a GPU reads and writes
-without waiting. The copy on disk is one safetensors file a block, in the run's dtype: written under another name, made
-durable, then renamed; the file before it goes only when the journal names the new one. So two of them are on the disk
-at most, and one that the journal names is always whole.
+without waiting. Where the host has no room for them either, they wait in files without a name that are mapped into
+memory: the system writes what it has no room for, and reads it again. They are gone with the process.
+
+The copy on disk is one safetensors file a block, in the run's dtype: written under another name, made durable, then
+renamed; the file before it goes only when the journal names the new one. So two of them are on the disk at most, and
+one that the journal names is always whole.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 
-from quantkit.blocks import Batch
+from quantkit import heap
+from quantkit.blocks import Batch, on_disk
 from quantkit.checkpoint import NAMES, Checkpoint
 from quantkit.errors import InputError, MissingError
 from quantkit.journal import sync
@@ -26,31 +32,66 @@ from quantkit.types import TensorSpec
 
 LARGE = 64 << 20  # bytes of all of them from which on a thread makes them durable
 SHARE = 0.25  # of the GPU memory that is free: what hidden states may take of it
+HOST_SHARE = 0.5  # of the host's
 KEPT = ("hidden", "dense")
 WHOLE = 1 << 62  # bytes a shard: all in one file
 
 
-def place(size: int, wanted: str, device: torch.device, progress: Progress) -> Callable[[torch.Tensor], torch.Tensor]:
-    """What is done with the hidden states of a batch: left where they are, or copied to the host.
+def chosen(size: int, wanted: str, device: torch.device) -> str:
+    """Where hidden states wait: "device", "host" or "disk".
 
     size    bytes of all of them
-    wanted  "device", "host", or "auto": by the memory that is free
+    wanted  one of those, or "auto": the first of them that has memory enough free. A CPU has no other than the host's
     """
-    if device.type == "cpu":
-        return _stay
-    free, _ = torch.cuda.mem_get_info(device)
-    host = wanted == "host" or (wanted == "auto" and size > free * SHARE)
-    progress.say(f"hidden states: {size / 2**30:.1f} GiB, on the {'host' if host else 'GPU'} between blocks")
-    return to_host if host else _stay
+    if wanted == "disk" or (wanted == "host" and device.type != "cpu"):
+        return wanted
+    if device.type != "cpu" and (wanted == "device" or size <= torch.cuda.mem_get_info(device)[0] * SHARE):
+        return "device"
+    free = heap.available()
+    return "disk" if wanted == "auto" and free and size > free * HOST_SHARE else "host"
 
 
-def _stay(x: torch.Tensor) -> torch.Tensor:
+def place(
+    size: int, wanted: str, device: torch.device, progress: Progress, folder: Path
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What is done with the hidden states of a batch: left where they are, or copied to the host or the disk.
+
+    size, wanted  as of `chosen`
+    folder        on the disk, that of the output
+    """
+    where = chosen(size, wanted, device)
+    if device.type != "cpu" or where == "disk":
+        words = {"device": "on the GPU", "host": "on the host", "disk": "in a file on the disk"}[where]
+        progress.say(f"hidden states: {size / 2**30:.1f} GiB, {words} between blocks")
+    if where == "disk":
+        return functools.partial(to_disk, folder)
+    return to_host if where == "host" and device.type != "cpu" else stay
+
+
+def stay(x: torch.Tensor) -> torch.Tensor:
+    """As it is."""
     return x
 
 
 def to_host(x: torch.Tensor) -> torch.Tensor:
     """A copy in page-locked memory of the host, which a GPU reads and writes without waiting."""
     return torch.empty(x.shape, dtype=x.dtype, pin_memory=torch.cuda.is_available()).copy_(x)
+
+
+def to_disk(folder: Path, x: torch.Tensor) -> torch.Tensor:
+    """A copy in a file that is mapped into memory and has no name. Raises MissingError for a full disk."""
+    try:
+        with tempfile.TemporaryFile(dir=folder if folder.is_dir() else None) as file:  # other machines have no such one
+            if hasattr(os, "posix_fallocate"):  # a hole that the disk has no room for would end the process
+                os.posix_fallocate(file.fileno(), 0, max(1, x.nbytes))
+            name = f"/dev/fd/{file.fileno()}"
+            found = torch.from_file(name, shared=True, size=x.numel(), dtype=x.dtype).view(x.shape)
+    except OSError as e:
+        raise MissingError(
+            f"{folder}: the hidden states of a batch ({x.nbytes:,} bytes) cannot be kept there: {e.strerror or e}; "
+            "free some of the disk, or set calibration.hidden to host"
+        ) from None
+    return found.copy_(x)
 
 
 def settle(device: torch.device | str) -> None:
@@ -70,7 +111,7 @@ def snapshot(batches: Sequence[Batch], device: torch.device | str, room: Sequenc
     device  where blocks are computed: on the CPU each gives new tensors, so nothing is copied
     room    an earlier snapshot that is not needed any more, of which the memory is used again
     """
-    if torch.device(device).type == "cpu":
+    if torch.device(device).type == "cpu" and not any(on_disk(b.hidden) for b in batches):
         return [Batch(b.hidden, b.mask, [], b.dense) for b in batches]
     found = []
     for i, batch in enumerate(batches):
@@ -191,7 +232,9 @@ def _specs(batches: Sequence[Batch], ranks: Ranks) -> dict[str, TensorSpec]:
 
 def _put(x: torch.Tensor, there: torch.Tensor) -> torch.Tensor:
     """Where the tensor waits that `x` takes the place of."""
-    return there.copy_(x) if there.device.type == "cpu" and there.is_pinned() else x.to(there.device)
+    return (
+        there.copy_(x) if on_disk(there) or (there.device.type == "cpu" and there.is_pinned()) else x.to(there.device)
+    )
 
 
 def drop(folder: Path, before: int) -> None:

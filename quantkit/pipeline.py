@@ -66,6 +66,7 @@ class Run:
     """
 
     plan: Plan
+    folder: Path
     writer: ShardWriter
     device: torch.device
     dtype: torch.dtype
@@ -126,7 +127,7 @@ def quantize(
         fitting.most = passes.most(plan, device)
         if fitting.passes > 1:
             progress.say(f"experts' statistics: {estimate.experts_said(plan, device, fitting.passes, ranks.size)}")
-    run = Run(plan, writer, device, dtype, progress, timed, ranks, finished, fitting)
+    run = Run(plan, folder, writer, device, dtype, progress, timed, ranks, finished, fitting)
     with ExitStack() as ends:
         ends.callback(writer.abort)
         ends.enter_context(finished)
@@ -195,14 +196,14 @@ def _to_blocks(run: Run, rows: calibration.Rows) -> list[blocks.Batch]:
         buffer.data = buffer.data.to(run.device)
     width = ghost.model.config.get_text_config().hidden_size
     size = rows.ids_RL.numel() // run.ranks.size * width * run.dtype.itemsize * (3 if plan.carries_dense else 1)
-    keep = hidden.place(size, plan.recipe.calibration.hidden, run.device, run.progress)
-    run.fitting.on_host = keep is hidden.to_host
+    keep = hidden.place(size, plan.recipe.calibration.hidden, run.device, run.progress, run.folder)
+    run.fitting.on_host = keep is not hidden.stay
 
     def begin() -> list[blocks.Batch]:
         pairs = [x.split(run.fitting.rows) for x in (rows.ids_RL, rows.mask_RL)]
         mine = run.ranks.share(zip(*pairs, strict=True))
         on_device = ((i.to(run.device), m.to(run.device)) for i, m in mine)
-        there = hidden.to_host if run.fitting.on_host else keep
+        there = hidden.to_host if run.fitting.on_host and keep is hidden.stay else keep
         found = blocks.begin(ghost, plan.structure, on_device, there)
         for batch in found if plan.carries_dense else ():
             batch.dense, batch.onward = there(batch.hidden), there(batch.hidden)

@@ -202,7 +202,8 @@ class Finished:
             told.add(before.report)
         told.add(report)
         done = Waiting(writer, tensors, told, self.blocks, batches, len(batches))
-        if batches and self._ranks.alone and hidden.size(batches) >= hidden.LARGE:
+        large = bool(batches) and self._ranks.alone and hidden.size(batches) >= hidden.LARGE
+        if large and not any(hidden.on_disk(b.hidden) for b in batches):  # a copy of those has no room in memory
             self._waiting = done
             self._begin()
         else:

@@ -82,10 +82,10 @@ class Calibration(TextSource):
         description="Tokens that enter statistics: all, or only what the assistant says in a chat. Padding never does.",
     )
     batch_size: int = Field(default=8, ge=1, le=2**16, description="Rows that go through a block at once.")
-    hidden: Literal["auto", "device", "host"] = Field(
+    hidden: Literal["auto", "device", "host", "disk"] = Field(
         default="auto",
-        description="Where hidden states wait between blocks: on the device that computes, or on the host to spare it; "
-        "auto decides by the memory that is free.",
+        description="Where hidden states wait between blocks: on the device that computes, on the host to spare it, or "
+        "in a file on the disk to spare both; auto decides by the memory that is free.",
     )
     expert_prior: float = Field(
         default=1.0,
