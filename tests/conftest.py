@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Iterator
 from importlib.metadata import version
 
 import pytest
@@ -35,6 +37,16 @@ def pytest_report_header() -> list[str]:
         return []
     found = version("compressed-tensors")
     return [f"compressed-tensors {found} is older than 0.20: left out are {', '.join(collect_ignore)}"]
+
+
+@pytest.fixture(autouse=True)
+def threads_left() -> Iterator[None]:
+    """A test that leaves torch with more threads hangs a later one: a process that is forked then waits for them."""
+    yield
+    torch = sys.modules.get("torch")
+    if torch is not None and (found := torch.get_num_threads()) != int(os.environ["OMP_NUM_THREADS"]):
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+        pytest.fail(f"it left torch with {found} threads")
 
 
 @pytest.fixture
