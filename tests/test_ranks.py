@@ -180,10 +180,10 @@ def test_a_rank_that_is_killed_ends_all_with_a_sentence(tmp_path: Path) -> None:
 def test_a_rank_that_fails_says_why_and_the_others_end_with_its_code(tmp_path: Path) -> None:
     said, summary = ended(tmp_path, "raise pipeline.InputError('the layer is bad')")
     assert errors(said) == ["error: rank 1: the layer is bad"]
-    assert "exitcode  : 2" in summary and "rank      : 1" in summary
+    assert "exitcode  : 2" in summary  # of whichever rank torchrun saw first: the others end at once, with the same
     said, summary = ended(tmp_path, "raise OSError(28, 'No space left on device')", faulty=0, count=4)
     assert errors(said) == ["error: no room left on the disk; free some, or choose another place with --out"]
-    assert "exitcode  : 4" in summary and "rank      : 0" in summary
+    assert "exitcode  : 4" in summary
 
 
 @pytest.mark.slow
