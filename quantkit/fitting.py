@@ -32,7 +32,7 @@ class Fitting:
     passes   into how many parts the inputs of a block's experts are divided, each observed in a pass of its own
     most     the most of them that there can be
     alone    whether this process may do otherwise than others; of several ranks none may
-    on_host  whether hidden states are on the host
+    place    where hidden states wait, "device", "host" or "disk"
     solving  set by the work once it is past its batches: then smaller ones are no help
     steps    what was given up, and where
     """
@@ -43,7 +43,7 @@ class Fitting:
     alone: bool = True
     passes: int = 1
     most: int = 1
-    on_host: bool = False
+    place: str = "device"
     solving: bool = False
     steps: list[Step] = field(default_factory=list)
 
@@ -73,8 +73,8 @@ class Fitting:
         if self.rows > 1 and not self.solving:
             self.rows //= 2
             changed = f"batches of {self.rows} rows"
-        elif not self.on_host:
-            self.on_host = True
+        elif self.place == "device":
+            self.place = "host"
             changed = "hidden states on the host"
         elif self.passes < self.most:
             self.passes = min(2 * self.passes, self.most)
@@ -82,17 +82,17 @@ class Fitting:
         else:
             raise MissingError(
                 f"{what}: does not fit into the GPU's memory, not with batches of {self.rows} rows and hidden states "
-                f"on the host either ({said}); take a GPU with more memory, a smaller calibration.length, or "
+                f"on the {self.place} either ({said}); take a GPU with more memory, a smaller calibration.length, or "
                 "--device cpu"
             )
-        step: Step = {"at": what, "batch_size": self.rows, "hidden": "host" if self.on_host else "device"}
+        step: Step = {"at": what, "batch_size": self.rows, "hidden": self.place}
         self.steps.append(step | ({"passes": self.passes} if self.passes > 1 else {}))
         self.progress.warn(f"{what}: the GPU's memory ran out ({said}); again with {changed}")
 
     def apply(self, batches: list[Batch]) -> None:
         """Brings batches to what was settled: cut where they have too many rows, on the host if they are to be."""
         batches[:] = [part for batch in batches for part in cut(batch, self.rows)]
-        for batch in batches if self.on_host else ():
+        for batch in batches if self.place == "host" else ():
             for name in ("hidden", "dense", "onward"):
                 x = getattr(batch, name)
                 if x is not None and x.device.type != "cpu":

@@ -51,25 +51,21 @@ def chosen(size: int, wanted: str, device: torch.device) -> str:
     return "disk" if wanted == "auto" and free and size > free * HOST_SHARE else "host"
 
 
-def place(
-    size: int, wanted: str, device: torch.device, progress: Progress, folder: Path
-) -> Callable[[torch.Tensor], torch.Tensor]:
-    """What is done with the hidden states of a batch: left where they are, or copied to the host or the disk.
-
-    size, wanted  as of `chosen`
-    folder        on the disk, that of the output
-    """
-    where = chosen(size, wanted, device)
+def say(size: int, where: str, device: torch.device, progress: Progress) -> None:
+    """Tells where hidden states of so many bytes wait, when it is not where they are computed anyway."""
     if device.type != "cpu" or where == "disk":
         words = {"device": "on the GPU", "host": "on the host", "disk": "in a file on the disk"}[where]
         progress.say(f"hidden states: {size / 2**30:.1f} GiB, {words} between blocks")
+
+
+def keeping(where: str, device: torch.device, folder: Path) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What is done with the hidden states of a batch: left where they are, or copied to the host or into `folder`."""
     if where == "disk":
         return functools.partial(to_disk, folder)
-    return to_host if where == "host" and device.type != "cpu" else stay
+    return to_host if where == "host" and device.type != "cpu" else _stay
 
 
-def stay(x: torch.Tensor) -> torch.Tensor:
-    """As it is."""
+def _stay(x: torch.Tensor) -> torch.Tensor:
     return x
 
 

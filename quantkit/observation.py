@@ -258,7 +258,7 @@ def follow(seen: Observed, link: Link, s_K: torch.Tensor, mixtures: Iterable[str
     for name in sorted(names & seen.stats.keys()):
         old = seen.stats[name]
         if id(old) not in became:
-            became[id(old)] = old.divided(s_K.to(s_K.device))
+            became[id(old)] = old.divided(s_K)
         seen.stats[name] = became[id(old)]
 
 

@@ -196,14 +196,16 @@ def _to_blocks(run: Run, rows: calibration.Rows) -> list[blocks.Batch]:
         buffer.data = buffer.data.to(run.device)
     width = ghost.model.config.get_text_config().hidden_size
     size = rows.ids_RL.numel() // run.ranks.size * width * run.dtype.itemsize * (3 if plan.carries_dense else 1)
-    keep = hidden.place(size, plan.recipe.calibration.hidden, run.device, run.progress, run.folder)
-    run.fitting.on_host = keep is not hidden.stay
+    where = hidden.chosen(size, plan.recipe.calibration.hidden, run.device)
+    hidden.say(size, where, run.device, run.progress)
+    # The host of a CPU is the device that computes: nothing was moved away from it yet.
+    run.fitting.place = "device" if where == "host" and run.device.type == "cpu" else where
 
     def begin() -> list[blocks.Batch]:
         pairs = [x.split(run.fitting.rows) for x in (rows.ids_RL, rows.mask_RL)]
         mine = run.ranks.share(zip(*pairs, strict=True))
         on_device = ((i.to(run.device), m.to(run.device)) for i, m in mine)
-        there = hidden.to_host if run.fitting.on_host and keep is hidden.stay else keep
+        there = hidden.keeping(run.fitting.place, run.device, run.folder)
         found = blocks.begin(ghost, plan.structure, on_device, there)
         for batch in found if plan.carries_dense else ():
             batch.dense, batch.onward = there(batch.hidden), there(batch.hidden)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from interrupted import content
+from interrupted import content, recipe
 
 import quantkit
 from quantkit import estimate, observation, passes, pipeline, shares
@@ -18,17 +18,6 @@ from quantkit.recipe import Recipe
 
 CPU = torch.device("cpu")
 ALL = 1000  # more than there are inputs: each is a part of its own
-
-
-def recipe(folder: Path, **changes: Any) -> dict[str, Any]:
-    return {
-        "model": str(folder),
-        "scheme": {"preset": "W4A16", "group_size": 32},
-        "calibration": {"data": "builtin:pydocs", "samples": 4, "length": 32, "batch_size": 2},
-        "validate": "none",
-        "export": {"engines": ["transformers"]},
-        **changes,
-    }
 
 
 def in_passes(count: int, monkeypatch: pytest.MonkeyPatch) -> list[set[str]]:

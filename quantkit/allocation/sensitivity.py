@@ -41,13 +41,13 @@ from quantkit import blocks, calibration, observation
 from quantkit.allocation.losses import Methods, Rounded, Subject, losses
 from quantkit.allocation.tail import Tail
 from quantkit.errors import InputError
+from quantkit.hidden import chosen
 from quantkit.plan import Plan, outside
 from quantkit.progress import Progress
 from quantkit.types import Stats
 
 NOISE = 0.01  # energy of the added error over that of the outputs: about what 4 bits in groups of 128 do
 QUARTER = -1  # the number of a copy like that of the first subject, with a quarter of the noise
-HIDDEN_SHARE = 0.25  # of the GPU memory that is free: what the copies may take of it
 
 
 @dataclass
@@ -162,10 +162,7 @@ def _begin(plan: Plan, rows: calibration.Rows, tokens: tuple[int, int], groups: 
     others = slice(len(rows.ids_RL) - count) if len(rows.ids_RL) > count else slice(None)
     hidden = int(ghost.model.config.get_text_config().hidden_size)
     needed = hidden * 4 * ((groups + 1) * taken.numel() + rows.ids_RL.numel())
-    on_host = device.type == "cuda" and (
-        plan.recipe.calibration.hidden == "host"
-        or (plan.recipe.calibration.hidden == "auto" and needed > HIDDEN_SHARE * torch.cuda.mem_get_info(device)[0])
-    )
+    on_host = device.type == "cuda" and chosen(needed, plan.recipe.calibration.hidden, device) != "device"
     wide = None if by.one else begin(rows.ids_RL[others], rows.mask_RL[others], _dtype(plan, device))
     ids = [part.to(device) for part in taken.split(plan.recipe.calibration.batch_size)]
     return _Pass(plan, by, device, wide, begin(taken, mask, torch.float32), ids, keep)
