@@ -22,7 +22,18 @@ from typing import Annotated, Any, NoReturn, TypeVar
 import typer
 
 from quantkit import __version__, cli_hub, cli_running, cli_validation
-from quantkit.cli_running import DeleteShards, Device, DeviceOption
+from quantkit.cli_options import (
+    DeleteShards,
+    Device,
+    DeviceOption,
+    Fresh,
+    Model,
+    Out,
+    Overwrite,
+    RecipePath,
+    Sets,
+    Timed,
+)
 from quantkit.cli_validation import check_gates
 from quantkit.errors import InputError, MissingError, QuantkitError
 from quantkit.joining import is_launched, joined, leave
@@ -48,16 +59,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-
-RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file.", show_default=False)]
-Model = Annotated[
-    str | None, typer.Option("--model", help="Instead of the recipe's model: a Hub id, a folder, or builtin:NAME.")
-]
-Sets = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Replaces one value of the recipe: calibration.samples=64."),
-]
 
 
 def _fail(code: int, message: str) -> NoReturn:
@@ -141,12 +142,12 @@ def _root(
 def quantize(
     recipe: RecipePath,
     model: Model = None,
-    out: Annotated[Path | None, typer.Option("--out", help="Folder to write; made when missing.")] = None,
+    out: Out = None,
     sets: Sets = None,
     device: DeviceOption = Device.auto,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an output of an earlier run.")] = False,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Start over, where an unfinished run could go on.")] = False,
-    profile: Annotated[bool, typer.Option("--profile", help="Say at the end where the time went.")] = False,
+    overwrite: Overwrite = False,
+    fresh: Fresh = False,
+    profile: Timed = False,
     delete_shards: DeleteShards = False,
 ) -> None:
     """Quantize a model by a recipe, write it, reload it from disk and validate it.
@@ -205,7 +206,7 @@ def convert(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A quantized checkpoint.", show_default=False)],
     to: Annotated[str, typer.Option("--to", help="A checkpoint format, such as gptq, or dense.", show_default=False)],
     out: Annotated[Path, typer.Option("--out", help="Folder to write; made when missing.", show_default=False)],
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an output of an earlier run.")] = False,
+    overwrite: Overwrite = False,
     shard_size: Annotated[str, typer.Option("--shard-size", help="Largest file of weights.")] = "5GB",
 ) -> None:
     """Write a quantized checkpoint in another format, without rounding its weights again."""

@@ -8,7 +8,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from quantkit.cli_running import DeleteShards, Device, DeviceOption, ending_gently
+from quantkit.cli_options import (
+    DeleteShards,
+    Device,
+    DeviceOption,
+    Fresh,
+    Model,
+    Out,
+    Overwrite,
+    RecipePath,
+    Sets,
+    Timed,
+)
+from quantkit.cli_running import ending_gently
 from quantkit.errors import GateError
 from quantkit.joining import joined
 
@@ -23,17 +35,14 @@ def add(app: typer.Typer, guarded: Callable[[Any], Any]) -> None:
 
 
 def run(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file with push.", show_default=False)],
-    model: Annotated[str | None, typer.Option("--model", help="Instead of the recipe's model.")] = None,
-    out: Annotated[Path | None, typer.Option("--out", help="Folder to write; made when missing.")] = None,
-    sets: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Replaces one value of the recipe: push.repo=me/name."),
-    ] = None,
+    recipe: RecipePath,
+    model: Model = None,
+    out: Out = None,
+    sets: Sets = None,
     device: DeviceOption = Device.auto,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an output of an earlier run.")] = False,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Start over, where an unfinished run could go on.")] = False,
-    profile: Annotated[bool, typer.Option("--profile", help="Say at the end where the time went.")] = False,
+    overwrite: Overwrite = False,
+    fresh: Fresh = False,
+    profile: Timed = False,
     delete_shards: DeleteShards = False,
 ) -> None:
     """Quantize, validate and push in one go, as the recipe says; a gate that fails pushes nothing.

@@ -7,32 +7,17 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from quantkit.cli_options import Device, DeviceOption
 from quantkit.errors import InputError
 from quantkit.progress import Progress
 
 FolderArgument = Annotated[
     Path, typer.Argument(metavar="DIR", help="A quantized checkpoint on this machine.", show_default=False)
-]
-
-
-class Device(str, Enum):
-    """Where the arithmetic runs."""
-
-    auto = "auto"
-    cpu = "cpu"
-    cuda = "cuda"
-
-
-DeviceOption = Annotated[Device, typer.Option("--device", help="Where the arithmetic runs.")]
-DeleteShards = Annotated[
-    bool,
-    typer.Option("--delete-shards", help="Delete each file of weights fetched from the Hub when it has been used."),
 ]
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from quantkit.cli_running import DeleteShards, Device, DeviceOption
+from quantkit.cli_options import DeleteShards, Device, DeviceOption
 from quantkit.errors import GateError, InputError
 
 if TYPE_CHECKING:

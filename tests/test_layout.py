@@ -117,6 +117,7 @@ LAYERS = (
         "quantkit.cli_running",
         "quantkit.cli_validation",
         "quantkit.cli_hub",
+        "quantkit.cli_options",
         "quantkit.__main__",
         "quantkit",
     ),
