@@ -28,6 +28,8 @@ LAYERS = (4, 16, 64)
 RECIPES: dict[str, dict[str, Any]] = {
     "W4A16 GPTQ": {"scheme": "W4A16", "method": "gptq"},
     "W8A16 RTN": {"scheme": "W8A16", "method": {"rtn": {"scale_search": "absmax"}}},
+    "W4A16 RTN": {"scheme": "W4A16", "method": {"rtn": {"scale_search": "absmax"}}},
+    "MXFP4A16 RTN": {"scheme": "MXFP4A16", "method": {"rtn": {"scale_search": "absmax"}}},
     "W8A16 RTN mse": {"scheme": "W8A16", "method": "rtn"},
     "FP8_DYNAMIC RTN": {"scheme": "FP8_DYNAMIC", "method": {"rtn": {"scale_search": "absmax"}}},
     "FP8_DYNAMIC RTN mse": {"scheme": "FP8_DYNAMIC", "method": "rtn"},
@@ -139,15 +141,16 @@ def big(out: Path, device: str, gigabytes: float, names: list[str]) -> None:
     print(
         f"plain copy: {read / 1e6:,.0f} MB/s, of some of the files and flushed: {written / 1e6:,.0f} MB/s", flush=True
     )
-    print("| method | peak GiB | anonymous GiB | seconds | MB/s of the source | MB/s read and written |")
-    print("|---|---|---|---|---|---|")
+    print("| method | peak GiB | anonymous GiB | seconds | CPU s/GB | MB/s of the source | MB/s read and written |")
+    print("|---|---|---|---|---|---|---|")
     for name in names:
         recipe = {"model": str(folder), "validate": "none", **RECIPES[name]}
         dropped(folder)
         x = measured(recipe, out / "quantized", device)
         rate, both = size / x["seconds"] / 1e6, (size + x["output"]) / x["seconds"] / 1e6
         peak, anonymous = x["peak"] / 2**30, x["anonymous"] / 2**30
-        print(f"| {name} | {peak:.2f} | {anonymous:.2f} | {x['seconds']:.0f} | {rate:,.0f} | {both:,.0f} |", flush=True)
+        cells = f"{peak:.2f} | {anonymous:.2f} | {x['seconds']:.1f} | {x['cpu_seconds'] / size * 1e9:.2f}"
+        print(f"| {name} | {cells} | {rate:,.0f} | {both:,.0f} |", flush=True)
         shutil.rmtree(out / "quantized")
     shutil.rmtree(folder)
 

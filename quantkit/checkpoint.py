@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from quantkit import hub
+from quantkit import hub, numerics
 from quantkit.errors import InputError
 from quantkit.hub_shards import HubShards
 from quantkit.types import TensorSpec
@@ -139,32 +139,57 @@ class Checkpoint:
         Read into memory of its own, not mapped: what is read counts once, and is free again when the tensor is.
         A shard that is not on this machine is fetched, with the errors of `HubFiles.fetch`.
         """
-        file = self.where[name]
-        with self.hub.reading(file.name) if self.hub is not None else nullcontext():
-            return self._read(name, file, entry)
-
-    def _read(self, name: str, file: Path, entry: int | None) -> torch.Tensor:
         spec = self.specs[name]
-        known = self.shards.get(file) or self.shards.setdefault(file, Shard.of(file))
         tensor = torch.empty(spec.shape if entry is None else spec.shape[1:], dtype=DTYPES[spec.dtype])
-        left = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
-        try:
-            with open(file, "rb", buffering=0) as shard:
-                if (stamp := _stamp(os.fstat(shard.fileno()))) != known.stamp:
-                    if self.hub is None or stamp[0] != known.stamp[0]:
-                        raise InputError(
-                            f"{file}: has changed since it was opened; start again when it changes no more"
-                        )
-                    known = self.shards[file] = Shard.of(file)  # fetched again, and compared with the Hub's hash
-                offset = known.begins[name] + (entry or 0) * len(left)
-                while left:
-                    count = os.preadv(shard.fileno(), [left], offset)
-                    if not count:
-                        raise InputError(f"{file}: ends before the end of tensor {name!r}; download this shard again")
-                    offset, left = offset + count, left[count:]
-        except OSError as e:
-            raise InputError(f"{file}: cannot be read ({e.strerror}); see that the disk is well") from None
+        with self._opened(name) as fill:
+            fill(tensor, (entry or 0) * tensor.nbytes)
         return tensor
+
+    def rows(self, name: str, count: int, device: torch.device | str = "cpu") -> Iterator[torch.Tensor]:
+        """`read_finite` of a tensor, `count` entries of its first dimension at a time; a scalar at once.
+
+        On the CPU each takes the place of the one before it in memory: what is to be kept must be copied.
+        """
+        spec, done = self.specs[name], 0
+        entries = spec.shape[0] if spec.shape else 1
+        shape = (min(count, entries), *spec.shape[1:]) if spec.shape else ()
+        buffer = torch.empty(shape, dtype=DTYPES[spec.dtype])
+        with self._opened(name) as fill:
+            while done < max(1, entries):
+                part = buffer[: entries - done] if spec.shape else buffer
+                fill(part, done * (nbytes(spec) // max(1, entries)))
+                done += count
+                if not _sound(found := part.to(device)):
+                    self.read_finite(name)  # which counts what is wrong in all of it
+                yield found
+
+    @contextmanager
+    def _opened(self, name: str) -> Iterator[Callable[[torch.Tensor, int], None]]:
+        """What fills a tensor with the bytes of the tensor `name` from one of them on; with the errors of `read`."""
+        file = self.where[name]
+
+        def fill(tensor: torch.Tensor, offset: int) -> None:
+            left = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+            offset += known.begins[name]
+            while left:
+                count = os.preadv(shard.fileno(), [left], offset)
+                if not count:
+                    raise InputError(f"{file}: ends before the end of tensor {name!r}; download this shard again")
+                offset, left = offset + count, left[count:]
+
+        with self.hub.reading(file.name) if self.hub is not None else nullcontext():
+            known = self.shards.get(file) or self.shards.setdefault(file, Shard.of(file))
+            try:
+                with open(file, "rb", buffering=0) as shard:
+                    if (stamp := _stamp(os.fstat(shard.fileno()))) != known.stamp:
+                        if self.hub is None or stamp[0] != known.stamp[0]:
+                            raise InputError(
+                                f"{file}: has changed since it was opened; start again when it changes no more"
+                            )
+                        known = self.shards[file] = Shard.of(file)  # fetched again, compared with the Hub's hash
+                    yield fill
+            except OSError as e:
+                raise InputError(f"{file}: cannot be read ({e.strerror}); see that the disk is well") from None
 
     def read_small(self, name: str) -> torch.Tensor:
         """`read` of a tensor of few values, for which no shard is fetched: it alone travels."""
@@ -203,7 +228,7 @@ class Checkpoint:
     def read_finite(self, name: str, device: torch.device | str = "cpu", entry: int | None = None) -> torch.Tensor:
         """`read`, refusing NaN and Inf in a floating-point tensor; looked for on `device`, where it is returned."""
         tensor = self.read(name, entry).to(device)
-        if tensor.is_floating_point() and tensor.dtype.itemsize > 1 and not _finite(tensor):
+        if not _sound(tensor):
             bad = int((~torch.isfinite(tensor)).sum())
             raise InputError(
                 f"{self.where[name]}: tensor {name!r} holds {bad} NaN or Inf of {tensor.numel()} values; "
@@ -216,9 +241,9 @@ class Checkpoint:
         return sum(nbytes(spec) for spec in self.specs.values())
 
 
-def _finite(tensor: torch.Tensor) -> bool:
-    """Whether no value is NaN or Inf. The extremes tell, in one pass and without a tensor of their own."""
-    return not tensor.numel() or bool(torch.isfinite(torch.stack(tensor.aminmax())).all())
+def _sound(tensor: torch.Tensor) -> bool:
+    """Whether a tensor holds no NaN or Inf; of a float of 8 bits that is not asked."""
+    return not (tensor.is_floating_point() and tensor.dtype.itemsize > 1) or numerics.finite(tensor)
 
 
 def _stamp(file: os.stat_result) -> tuple[int, int]:

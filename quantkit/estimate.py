@@ -6,6 +6,7 @@ comes from a rehearsal (`rehearsal`); without one it is left out.
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from collections.abc import Iterable
@@ -53,7 +54,7 @@ def memory(
     base = _resident() + (0 if device.type == "cpu" else CUDA_HOST)
     base += CPU_HOST if plan.needs_data and device.type == "cpu" else 0
     if not plan.needs_data:
-        work = _streamed(plan)
+        work = _streamed(plan, device)
         gpu = work if device.type == "cuda" else 0
         return Memory(base + work, gpu, {"this process": base, "tensors under way": work})
     size = 4 if device.type == "cpu" else plan.skeleton.dtype.itemsize
@@ -143,28 +144,38 @@ def _solving(group: list[Linear]) -> int:
     return max((ROUNDING * sum(x.shape[0] for x in s) * k * 4 for s in stacks), default=0) + FACTORS * k * k * 4
 
 
-def _streamed(plan: Plan) -> int:
+def _streamed(plan: Plan, device: torch.device) -> int:
     """Bytes of the jobs under way at once, where these are largest."""
-    sizes = [_job(plan, job) for part in streaming.parts(plan) for job in part.jobs]
+    sizes = [_job(plan, job, device) for part in streaming.parts(plan) for job in part.jobs]
     at_once = streaming.workers()[0]
     return max(sum(sizes[i : i + at_once]) for i in range(max(1, len(sizes) - at_once + 1)))
 
 
-def _job(plan: Plan, job: streaming.Job) -> int:
-    """Bytes that a job of `streaming` holds: the source, the codes, what is packed of them."""
-    if job.tensor:
-        return nbytes(plan.skeleton.checkpoint.specs[job.tensor])
-    if job.parameter:
-        return nbytes(skeleton.spec_of(plan.skeleton, job.parameter))
+def _job(plan: Plan, job: streaming.Job, device: torch.device) -> int:
+    """Bytes that a job of `streaming` holds: some rows of the source, their codes, what is kept of all rows."""
+    ghost = plan.skeleton
+    if not job.layers:
+        spec = ghost.checkpoint.specs[job.tensor] if job.tensor else skeleton.spec_of(ghost, job.parameter)
+        return nbytes(spec) if job.parameter in ghost.pieces else _part(spec.shape, None) * DTYPES[spec.dtype].itemsize
     total = 0
     for layer in job.layers:
         assert layer.scheme is not None
         weights = layer.shape[0] * layer.shape[1]
-        source = weights * DTYPES[layer.dtype].itemsize
-        packed = sum(nbytes(spec) for spec in plan.tensors(layer).values())
-        whole = 0 if streaming.by_rows(layer.scheme.weights) else ROUNDING * weights * 4
-        total += source + weights + packed + whole
+        packed = [nbytes(spec) for spec in plan.tensors(layer).values()]
+        name, by_rows = f"{layer.module}.weight", streaming.by_rows(layer.scheme.weights)
+        part = _part(layer.shape, device) if by_rows else weights
+        whole = name in ghost.pieces or ghost.rewrite is not None
+        total += (weights if whole else part) * DTYPES[layer.dtype].itemsize + part * ROUNDING * 4
+        if by_rows and streaming.packs_rows(plan.format):
+            total += sum(packed) - max(packed)  # all but the codes
+        else:
+            total += weights + sum(packed)
     return total
+
+
+def _part(shape: tuple[int, ...], device: torch.device | None) -> int:
+    """Elements of a tensor that are read at a time."""
+    return min(math.prod(shape), streaming.rows_at_once(shape, device) * math.prod(shape[1:]))
 
 
 def _numel(ghost: skeleton.Skeleton, name: str) -> int:

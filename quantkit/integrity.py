@@ -9,6 +9,7 @@ the mark does not depend on the format, and a converted checkpoint keeps it.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,23 +33,23 @@ class Mark:
     """The mark of a weight that comes some rows at a time. Rows are summed exactly, however many come at once."""
 
     def __init__(self) -> None:
-        self._columns: list[float] = []
-        self._squares: list[float] = []
+        self._columns: list[float] = []  # numbers: small tensors that stay would lie between the large that do not
+        self._norms: list[float] = []
         self._signs: torch.Tensor | None = None
 
     def add(self, w_NK: torch.Tensor) -> None:
         """The next rows, (N, K) float."""
-        w, start = w_NK.float(), len(self._columns)
+        w = w_NK.float()
         if self._signs is None:
             self._signs = _signs(w.shape[1], 1, w.device)
-        columns = (w * self._signs).sum(1).double()
-        self._columns += (columns * _signs(w.shape[0], 2, w.device, start).double()).tolist()
-        self._squares += torch.linalg.vector_norm(w, dim=1).double().square().tolist()
+        self._columns += (w * self._signs).sum(1).tolist()
+        self._norms += torch.linalg.vector_norm(w, dim=1).tolist()
 
     @property
     def value(self) -> float:
-        norm = math.sqrt(math.fsum(self._squares))
-        return round(math.fsum(self._columns) / norm, 6) if norm else 0.0
+        norm = math.sqrt(math.fsum(x * x for x in self._norms))
+        signs = _signs(len(self._columns), 2, torch.device("cpu")).tolist()
+        return round(math.fsum(map(operator.mul, self._columns, signs)) / norm, 6) if norm else 0.0
 
 
 def _signs(count: int, salt: int, device: torch.device, start: int = 0) -> torch.Tensor:

@@ -22,6 +22,7 @@ from quantkit import blocks, observation, shares, solve, streaming
 from quantkit import passes as dividing
 from quantkit.linears import Linear
 from quantkit.plan import Plan, outside
+from quantkit.shards import ShardWriter
 from quantkit.types import Stats
 
 DISK = 1 << 27  # bytes written and read back
@@ -67,7 +68,7 @@ def rehearse(plan: Plan, device: torch.device, folder: Path, passes: int = 1) ->
         rates = Rates(*disk(folder), products(device))
         read = plan.skeleton.checkpoint.size() / rates.read
         if not plan.needs_data:
-            return Seconds(read + plan.output_bytes / rates.write, stream=_streamed(plan, device))
+            return Seconds(read + plan.output_bytes / rates.write, stream=_streamed(plan, device, folder))
         observe, propagate = _blocks(plan, device, rates, passes)
         # Each block's hidden states are written too, so that an interrupted run goes on from there.
         hidden = hidden_bytes(plan, device) * (len(plan.structure.blocks) - 1)
@@ -139,8 +140,8 @@ def _noise(shape: Sequence[int], device: torch.device, dtype: torch.dtype = torc
 # Without calibration -------------------------------------------------------------------------------------------------
 
 
-def _streamed(plan: Plan, device: torch.device) -> float:
-    """Seconds of rounding every weight, several at once."""
+def _streamed(plan: Plan, device: torch.device, folder: Path) -> float:
+    """Seconds of rounding and writing every weight, several at once."""
     kinds: dict[Kind, list[Linear]] = {}
     for layer in plan.quantized:
         kinds.setdefault((layer.scheme, layer.dtype, layer.shape[1]), []).append(layer)
@@ -151,14 +152,23 @@ def _streamed(plan: Plan, device: torch.device) -> float:
         weight = _noise(small.shape, device, plan.skeleton.dtype)
         at_once, threads = streaming.workers()
 
-        def work(_: int, small: Linear = small, weight: torch.Tensor = weight) -> None:
-            for layer, (q, _found) in zip([small], streaming.rounded(plan, [small], [weight]), strict=True):
-                assert layer.scheme is not None
-                plan.format.pack(q, layer.scheme.activations, None)
+        def all_of_them(
+            small: Linear = small, weight: torch.Tensor = weight, at_once: int = at_once, threads: int = threads
+        ) -> None:
+            tensors = plan.tensors(small)
+            with tempfile.TemporaryDirectory(dir=folder, prefix=".quantkit-") as there:
+                specs = {f"{i}.{small.name}.{leaf}": tensors[leaf] for i in range(2 * at_once) for leaf in tensors}
+                writer = ShardWriter(Path(there), specs, DISK)
 
-        def all_of_them(work: Callable[[int], None] = work, at_once: int = at_once, threads: int = threads) -> None:
-            for _ in streaming.in_order(range(2 * at_once), work, at_once, threads=threads):
-                pass
+                def work(i: int) -> None:
+                    one = replace(small, name=f"{i}.{small.name}")
+                    streaming.rounded(plan, [one], lambda _, count: weight.split(count), writer.append, device)
+
+                try:
+                    for _ in streaming.in_order(range(2 * at_once), work, at_once, threads=threads):
+                        pass
+                finally:
+                    writer.abort()
 
         cores = torch.get_num_threads()
         try:

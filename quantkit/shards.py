@@ -1,7 +1,7 @@
 """Writes safetensors, knowing where every byte goes before the first.
 
 Names, shapes and dtypes of the output are known before the work starts, so shards are laid out, sized and given their
-headers first; each tensor is then written at its own offset as soon as it exists. Memory: one tensor. The bytes are
+headers first; each tensor, or its next rows, is then written at its own offset as soon as it exists. The bytes are
 those of safetensors' own `save_file` for the same tensors.
 """
 
@@ -116,6 +116,7 @@ class ShardWriter:
         self._lock = threading.Lock()  # tensors may come from several threads
         self._missing = Counter(self._places[name].shard for name in self._left)
         self._sums: dict[str, int] = {}
+        self._begun: dict[str, tuple[int, int]] = {}  # where the next entry of a tensor goes, and the checksum so far
         self._files: dict[str, int] = {}
         ends: dict[str, int] = {shard: len(header) for shard, header in headers.items()}
         for place in self._places.values():
@@ -141,20 +142,38 @@ class ShardWriter:
             raise ValueError(f"{name} was announced as {self._specs[name]} but is {spec}")
         if name not in self._left:
             raise ValueError(f"{name} is written twice")
-        place = self._places[name]
-        raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-        data = memoryview(raw)  # type: ignore[arg-type]
-        crc, offset = zlib.crc32(data), place.begin
+        self.append(name, tensor)
+
+    def append(self, name: str, rows: torch.Tensor) -> None:
+        """Writes the next entries of a tensor's first dimension. With the last of them the tensor is written.
+
+        Those of one tensor come from one thread, in order; dtype and the other dimensions must be the announced ones.
+        """
+        spec, place = self._specs[name], self._places[name]
+        data = memoryview(rows.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+        if name not in self._left or NAMES[rows.dtype] != spec.dtype or tuple(rows.shape[1:]) != spec.shape[1:]:
+            raise ValueError(f"{name}, {spec}, is not to have {rows.dtype} {tuple(rows.shape)} here")
+        offset, crc = self._begun.pop(name, (place.begin, 0))
+        if offset + len(data) > place.end:
+            raise ValueError(f"{name} has only {spec.shape[0]} entries")
+        crc = zlib.crc32(data, crc)
         while data:
             count = os.pwrite(self._files[place.shard], data, offset)
             offset, data = offset + count, data[count:]
+        if offset < place.end:
+            self._begun[name] = (offset, crc)
+        else:
+            self._done(name, place.shard, crc)
+
+    def _done(self, name: str, shard: str, crc: int) -> None:
+        """Notes that a tensor is written."""
         with self._lock:
             self._left.remove(name)
             self._sums[name] = crc
-            self._missing[place.shard] -= 1
-            whole = not self._missing[place.shard]
+            self._missing[shard] -= 1
+            whole = not self._missing[shard]
         if whole:
-            self._whole(place.shard)
+            self._whole(shard)
 
     def sync(self, names: Iterable[str] | None = None) -> dict[str, int]:
         """Makes tensors that were written durable. Returns the CRC-32 of each.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -85,6 +85,13 @@ class Skeleton:
         """One parameter or buffer from disk, as the model is to have it. Raises InputError for NaN or Inf."""
         tensor = self.original(name, device)
         return tensor if self.rewrite is None else self.rewrite(name, tensor, self.original)
+
+    def rows(self, name: str, count: int, device: torch.device | str = "cpu") -> Iterator[torch.Tensor]:
+        """`read`, `count` rows at a time, each in memory only until the next where the file has them so."""
+        if self.rewrite is not None or name in self.pieces:
+            yield from self.read(name, device).split(count)
+        else:
+            yield from self.checkpoint.rows(self.source(name), count, device)
 
     def original(self, name: str, device: torch.device | str = "cpu") -> torch.Tensor:
         """One parameter or buffer as it is on disk. Raises InputError for NaN or Inf."""

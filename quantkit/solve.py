@@ -177,17 +177,17 @@ class Tally:
         self._whole: list[float] = []
 
     def add(self, weight: torch.Tensor, decoded: torch.Tensor) -> None:
-        """The next rows (N, K) float, as they were and as their codes have them."""
+        """The next rows (N, K) float, as they were and, float32, as their codes have them. Overwrites `decoded`."""
         w = weight.float()
         self._mark.add(decoded)
-        self._error += torch.linalg.vector_norm(w - decoded, dim=1).double().square().tolist()
-        self._whole += torch.linalg.vector_norm(w, dim=1).double().square().tolist()
+        self._error += torch.linalg.vector_norm(decoded.sub_(w), dim=1).tolist()
+        self._whole += torch.linalg.vector_norm(w, dim=1).tolist()
 
     @property
     def error(self) -> float:
         """|W - Q|² / |W|²"""
-        whole = math.fsum(self._whole)
-        return math.fsum(self._error) / whole if whole else 0.0
+        error, whole = (math.fsum(x * x for x in norms) for norms in (self._error, self._whole))
+        return error / whole if whole else 0.0
 
     @property
     def mark(self) -> float:

@@ -3,7 +3,10 @@
 A job is one tensor that is copied, or the layers that are rounded together: those of one input, when they share the
 scale of a whole tensor, else one layer. A few jobs are under way at a time, so that one reads while another computes
 and a third writes; what they hold is all that is in memory, however many layers there are. Rows of a weight do not
-influence each other, so a weight is rounded some rows at a time: what fits in a cache is done several times faster.
+influence each other, so some rows at a time are read, rounded, packed and written, each time in the same memory: what
+fits in a cache is done several times faster, and memory that is new costs as much again. Weights with a scale of the
+whole tensor, and parts of a tensor that holds several weights, are read at once; codes that the format does not have
+row by row are written at once.
 The bytes do not depend on how many jobs run at once, nor on how many rows are taken at a time.
 """
 
@@ -11,11 +14,12 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 import torch
 
@@ -26,14 +30,16 @@ from quantkit.linears import Linear, whole
 from quantkit.plan import Plan, outside
 from quantkit.progress import Progress
 from quantkit.shards import ShardWriter
-from quantkit.types import Notes, QParams, QuantizedTensor, TensorScheme
+from quantkit.types import Format, Notes, QParams, QuantizedTensor, RowFormat, TensorScheme
 
 OUTSIDE = "embeddings"
 JOBS = 4  # under way at once, where there are as many cores
-ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 26}  # of a weight that are rounded at a time
+ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 26}  # of a weight that are rounded at a time
 ACROSS = ("nvfp4",)  # numbers whose scales are relative to one of the whole tensor
 
 Report = dict[str, Any]
+Rows = Callable[[Linear, int], Iterable[torch.Tensor]]
+Write = Callable[[str, torch.Tensor], None]
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -159,64 +165,124 @@ def by_rows(scheme: TensorScheme) -> bool:
 def _do(plan: Plan, job: Job, writer: ShardWriter, device: torch.device) -> list[Report]:
     ghost = plan.skeleton
     if job.tensor:
-        writer.write(job.tensor, ghost.checkpoint.read_finite(job.tensor))
+        shape = ghost.checkpoint.specs[job.tensor].shape
+        for part in ghost.checkpoint.rows(job.tensor, rows_at_once(shape)):
+            writer.append(job.tensor, part)
         return []
     if job.parameter:
-        dtype = DTYPES[skeleton.spec_of(ghost, job.parameter).dtype]
-        writer.write(ghost.to_disk[job.parameter], ghost.read(job.parameter).to(dtype))
+        spec = skeleton.spec_of(ghost, job.parameter)
+        for part in ghost.rows(job.parameter, rows_at_once(spec.shape)):
+            writer.append(ghost.to_disk[job.parameter], part.to(DTYPES[spec.dtype]))
         return []
-    weights = [ghost.read(f"{layer.module}.weight", device) for layer in job.layers]
-    done = rounded(plan, job.layers, weights)
+
+    def rows(layer: Linear, count: int) -> Iterator[torch.Tensor]:
+        return ghost.rows(f"{layer.module}.weight", count, device)
+
+    return rounded(plan, job.layers, rows, writer.append, device)
+
+
+def rounded(plan: Plan, layers: Sequence[Linear], rows: Rows, write: Write, device: torch.device) -> list[Report]:
+    """Rounds layers of one scheme that are rounded together, on `device` -> their lines of the report.
+
+    rows   gives a layer's weight (N, K), so many rows at a time
+    write  takes what becomes of it: a tensor's name on disk and its next rows
+    """
+    scheme = layers[0].scheme
+    assert scheme is not None
+    if by_rows(scheme.weights):
+        return [_rows(plan, layer, rows, write, device) for layer in layers]
+    weights = [weight for layer in layers for weight in rows(layer, layer.shape[0])]
+    solved = solve.solve(plan, layers, weights, None)
     del weights
-    for layer, (q, _) in zip(job.layers, done, strict=True):
-        assert layer.scheme is not None
-        for suffix, tensor in plan.format.pack(q, layer.scheme.activations, None).items():
-            writer.write(f"{layer.name}.{suffix}", tensor)
-    return [report for _, report in done]
+    for x in solved:
+        for leaf, tensor in plan.format.pack(x.tensor, scheme.activations, None).items():
+            write(f"{x.layer.name}.{leaf}", tensor)
+    return [x.report for x in solved]
 
 
-def rounded(
-    plan: Plan, layers: Sequence[Linear], weights: Sequence[torch.Tensor]
-) -> list[tuple[QuantizedTensor, Report]]:
-    """Codes and lines of the report of layers of one scheme that are rounded together, weights (N, K)."""
-    assert layers[0].scheme is not None
-    if by_rows(layers[0].scheme.weights):
-        return [_rows(plan, layer, weight) for layer, weight in zip(layers, weights, strict=True)]
-    return [(x.tensor, x.report) for x in solve.solve(plan, layers, weights, None)]
-
-
-def _rows(plan: Plan, layer: Linear, weight_NK: torch.Tensor) -> tuple[QuantizedTensor, Report]:
-    """Rounds one layer's weight, some rows at a time -> its codes and its line in the report."""
+def _rows(plan: Plan, layer: Linear, rows: Rows, write: Write, device: torch.device) -> Report:
+    """Rounds one layer's weight, some rows at a time."""
     assert layer.scheme is not None
-    scheme, recipe, notes, tally = layer.scheme.weights, plan.recipe, Notes(), solve.Tally()
+    scheme, options, method = layer.scheme.weights, plan.recipe.method_options, plan.recipe.method.module
+    dtype, notes, tally = solve.scale_dtype(plan, layer), Notes(), solve.Tally()
     tile = scheme.block_shape[0] if scheme.strategy == "block" and scheme.block_shape else 1
-    n, k = weight_NK.shape
-    rows = tile * max(1, ELEMENTS.get(weight_NK.device.type, 1 << 20) // (k * tile))
-    codes: torch.Tensor | None = None
-    found: list[QParams] = []
-    for start in range(0, n, rows):
-        w = weight_NK[start : start + rows].float()
+    codes = _Codes(plan, layer, write)
+    scales, zeros = (_Stack(-(-layer.shape[0] // tile)) for _ in range(2))
+    for part in rows(layer, rows_at_once(layer.shape, device, tile)):
+        w = part.float()
         try:
-            q = recipe.method.module.quantize(
-                w,
-                scheme,
-                None,
-                options=recipe.method_options,
-                scale_dtype=solve.scale_dtype(plan, layer),
-                notes=notes,
-            )
+            q = method.quantize(w, scheme, None, options=options, scale_dtype=dtype, notes=notes)
         except InputError as e:
             raise InputError(f"{layer.name}: {e}") from None
-        if codes is None:
-            codes = torch.empty((n, k), dtype=q.codes_NK.dtype, device=w.device)
-        codes[start : start + rows] = q.codes_NK
-        found.append(q.qparams)
+        codes.add(q.codes_NK)
+        scales.add(q.qparams.scale_NG)
+        zeros.add(q.qparams.zero_NG)
         tally.add(w, numerics.dequantize(q))
-    assert codes is not None
-    zeros = [q.zero_NG for q in found if q.zero_NG is not None]
-    qparams = QParams(torch.cat([q.scale_NG for q in found]), torch.cat(zeros) if zeros else None)
-    report = solve.report(plan, layer, tally.error, tally.mark, notes)
-    return QuantizedTensor(codes, qparams, scheme), report
+    assert scales.whole is not None
+    codes.end(QParams(scales.whole, zeros.whole))
+    return solve.report(plan, layer, tally.error, tally.mark, notes)
+
+
+class _Codes:
+    """Writes a layer: its codes as they come, where the format has the rows of a weight one after another."""
+
+    def __init__(self, plan: Plan, layer: Linear, write: Write) -> None:
+        self._plan, self._layer, self._write = plan, layer, write
+        self._stack = _Stack(layer.shape[0])
+
+    def add(self, codes_NK: torch.Tensor) -> None:
+        """The codes of the next rows."""
+        form, layer = self._plan.format, self._layer
+        assert layer.scheme is not None
+        if packs_rows(form):
+            self._tensors(form.pack_codes(codes_NK, layer.scheme))
+        else:
+            self._stack.add(codes_NK)
+
+    def end(self, qparams: QParams) -> None:
+        """The scales of all rows."""
+        form, layer = self._plan.format, self._layer
+        assert layer.scheme is not None
+        if packs_rows(form):
+            self._tensors(form.pack_scales(qparams, layer.scheme, layer.shape))
+        elif self._stack.whole is not None:
+            q = QuantizedTensor(self._stack.whole, qparams, layer.scheme.weights)
+            self._tensors(form.pack(q, layer.scheme.activations, None))
+
+    def _tensors(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        for leaf, tensor in tensors.items():
+            self._write(f"{self._layer.name}.{leaf}", tensor)
+
+
+class _Stack:
+    """Rows that come some at a time, in one tensor from the first on.
+
+    Kept apart until the end, small ones would lie between large ones that do not stay, and the heap would grow.
+    """
+
+    def __init__(self, rows: int) -> None:
+        self.whole: torch.Tensor | None = None
+        self._rows, self._done = rows, 0
+
+    def add(self, t: torch.Tensor | None) -> None:
+        """The next rows, or None each time."""
+        if t is None:
+            return
+        if self.whole is None:
+            self.whole = t.new_empty((self._rows, *t.shape[1:]))
+        self.whole[self._done : self._done + len(t)] = t
+        self._done += len(t)
+
+
+def packs_rows(form: Format) -> TypeGuard[RowFormat]:
+    """Whether a format can pack some rows of a weight."""
+    return hasattr(form, "pack_codes")
+
+
+def rows_at_once(shape: tuple[int, ...], device: torch.device | None = None, tile: int = 1) -> int:
+    """How many entries of a weight's first dimension are in memory at a time, whole tiles of them."""
+    elements = ELEMENTS.get(device.type if device else "cpu", 1 << 20)
+    return tile * max(1, elements // max(1, math.prod(shape[1:]) * tile))
 
 
 def in_order(

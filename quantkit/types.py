@@ -231,6 +231,16 @@ class Format(Protocol):
     def read_config(self, config: Mapping[str, Any]) -> Any: ...
 
 
+class RowFormat(Format, Protocol):
+    """A checkpoint format that has the codes of a weight's rows one after another: its parts can be packed alone."""
+
+    def pack_codes(self, codes_NK: torch.Tensor, scheme: Scheme) -> dict[str, torch.Tensor]: ...
+
+    def pack_scales(
+        self, qparams: QParams, scheme: Scheme, shape: tuple[int, int], inputs: QParams | None = None
+    ) -> dict[str, torch.Tensor]: ...
+
+
 class KvFormat(Format, Protocol):
     """A checkpoint format that also holds the scales of a quantized KV cache, below each attention layer."""
 

@@ -106,6 +106,34 @@ def test_writer_refuses_what_was_not_announced(tmp_path):
     writer.abort()
 
 
+def test_rows_one_after_another_are_the_tensor(tmp_path):
+    tensors = some_tensors()
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "whole").mkdir()
+    rows, whole = (ShardWriter(tmp_path / name, specs(tensors), 1 << 30) for name in ("rows", "whole"))
+    for name, tensor in tensors.items():
+        whole.write(name, tensor)
+        for part in tensor.split(2) if tensor.ndim else [tensor]:
+            rows.append(name, part)
+    assert rows.sync() == whole.sync()
+    assert rows.close() == whole.close() == [SINGLE]
+    assert (tmp_path / "rows" / SINGLE).read_bytes() == (tmp_path / "whole" / SINGLE).read_bytes()
+
+
+def test_rows_that_were_not_announced(tmp_path):
+    writer = ShardWriter(tmp_path, {"w": TensorSpec("F32", (4, 3))}, 1 << 30)
+    writer.append("w", torch.ones(3, 3))
+    assert writer.sync() == {}  # a tensor is written when all of it is
+    for wrong in (torch.ones(1, 2), torch.ones(1, 3, dtype=torch.bfloat16)):
+        with pytest.raises(ValueError, match="is not to have"):
+            writer.append("w", wrong)
+    with pytest.raises(ValueError, match="only 4 entries"):
+        writer.append("w", torch.ones(2, 3))
+    with pytest.raises(ValueError, match="never written"):
+        writer.close()
+    writer.abort()
+
+
 def test_no_room_is_met_before_the_work(tmp_path):
     with pytest.raises(MissingError, match="no room for the output"):
         ShardWriter(tmp_path, {"w": TensorSpec("F32", (1 << 24, 1 << 24))}, 1 << 60)
@@ -179,6 +207,38 @@ def test_not_finite(tmp_path, value):
     save_file({"layer.weight": w}, tmp_path / SINGLE)
     with pytest.raises(InputError, match=r"'layer.weight' holds 1 NaN or Inf of 16"):
         Checkpoint.open(tmp_path).read_finite("layer.weight")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_rows_that_are_not_finite(tmp_path, value):
+    w = torch.ones(5, 4, dtype=torch.bfloat16)
+    w[3, 1] = w[4, 2] = value
+    save_file({"layer.weight": w}, tmp_path / SINGLE)
+    rows = Checkpoint.open(tmp_path).rows("layer.weight", 2)
+    assert torch.equal(next(rows), w[:2])
+    with pytest.raises(InputError, match=r"'layer.weight' holds 2 NaN or Inf of 20"):
+        next(rows)
+
+
+def test_numbers_whose_sum_overflows_are_finite(tmp_path):
+    w = torch.full((4, 4), 3e38)
+    save_file({"layer.weight": w, "half": torch.full((64,), 6e4, dtype=torch.float16)}, tmp_path / SINGLE)
+    source = Checkpoint.open(tmp_path)
+    assert torch.equal(source.read_finite("layer.weight"), w)
+    assert bool((source.read_finite("half") == 6e4).all())
+
+
+def test_rows_are_those_of_the_tensor(tmp_path):
+    tensors = some_tensors()
+    write(tmp_path, tensors, shard_size=100)
+    source = Checkpoint.open(tmp_path)
+    for name, tensor in tensors.items():
+        for count in (1, 2, 1000):
+            rows = [part.clone() for part in source.rows(name, count)]
+            found = torch.cat(rows) if tensor.ndim else rows[0]
+            assert found.dtype == tensor.dtype
+            assert found.shape == tensor.shape
+            assert torch.equal(*(t.contiguous().reshape(-1).view(torch.uint8) for t in (found, tensor)))
 
 
 def test_reading_is_lazy(tmp_path, monkeypatch):

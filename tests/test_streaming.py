@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
-import weakref
 from pathlib import Path
 from typing import Any
 
@@ -118,37 +118,6 @@ def test_the_model_is_neither_filled_nor_run(tmp_path, monkeypatch):
     assert len(lines) == len(plan.quantized)
 
 
-def test_a_few_tensors_are_all_that_is_in_memory(tmp_path, monkeypatch):
-    """Of the source never more than each job's own, whatever the number of layers."""
-    lock, alive, peak = threading.Lock(), [0], [0]
-    read = Checkpoint.read
-
-    def counted(self: Checkpoint, name: str, *args: Any) -> torch.Tensor:
-        tensor = read(self, name, *args)
-
-        def gone(size: int = tensor.nbytes) -> None:
-            with lock:
-                alive[0] -= size
-
-        with lock:
-            alive[0] += tensor.nbytes
-            peak[0] = max(peak[0], alive[0])
-        weakref.finalize(tensor, gone)
-        return tensor
-
-    monkeypatch.setattr(Checkpoint, "read", counted)
-    monkeypatch.setattr(streaming, "JOBS", 2)
-    most = []
-    for layers in (2, 12):
-        plan = planning.make(settled(tiny.save(tmp_path / f"model-{layers}", num_hidden_layers=layers, vocab_size=64)))
-        peak[0] = 0
-        streamed(plan, tmp_path / f"out-{layers}")
-        most.append(peak[0])
-        assert alive[0] == 0
-    largest = 96 * 64 * 2
-    assert max(most) <= 2 * largest
-
-
 def test_an_error_ends_it_and_what_has_not_begun_is_left(tmp_path, monkeypatch):
     folder = tiny.save(tmp_path / "model", num_hidden_layers=8)
     tensors = load_file(folder / "model.safetensors")
@@ -200,3 +169,61 @@ def test_what_is_read_is_what_safetensors_reads(tmp_path):
         got = source.read(name)
         assert got.dtype == tensor.dtype and got.shape == tensor.shape
         assert same(got, tensor)
+
+
+@pytest.mark.parametrize("layers", [2, 12])
+def test_some_rows_of_a_few_tensors_are_all_that_is_read_or_written_at_once(layers, tmp_path, monkeypatch):
+    """Whatever the number of layers; neither a weight, nor its codes, nor a tensor that is copied is held whole."""
+    monkeypatch.setitem(streaming.ELEMENTS, "cpu", 10 * 64)
+    monkeypatch.setattr(streaming, "JOBS", 2)
+    lock, opened, most, read, written = threading.Lock(), [0], [0], [0], [0]
+    opening, append = Checkpoint._opened, ShardWriter.append
+
+    @contextlib.contextmanager
+    def counted(self: Checkpoint, name: str) -> Any:
+        def filling(tensor: torch.Tensor, offset: int) -> None:
+            read[0] = max(read[0], tensor.numel())
+            fill(tensor, offset)
+
+        with opening(self, name) as fill:
+            with lock:
+                opened[0] += 1
+                most[0] = max(most[0], opened[0])
+            yield filling
+            with lock:
+                opened[0] -= 1
+
+    def appended(self: ShardWriter, name: str, rows: torch.Tensor) -> None:
+        written[0] = max(written[0], rows.numel())
+        append(self, name, rows)
+
+    monkeypatch.setattr(Checkpoint, "_opened", counted)
+    monkeypatch.setattr(ShardWriter, "append", appended)
+    plan = planning.make(settled(tiny.save(tmp_path / "model", num_hidden_layers=layers, vocab_size=512)))
+    streamed(plan, tmp_path / "out")
+    assert read[0] == written[0] == 10 * 64
+    assert 1 <= most[0] <= 2
+    assert opened[0] == 0
+
+
+def test_a_format_that_has_no_rows_is_packed_whole(tmp_path, monkeypatch):
+    monkeypatch.setitem(streaming.ELEMENTS, "cpu", 10 * 64)
+    folder = tiny.save(tmp_path / "model", vocab_size=256)
+    scheme = {"preset": "W4A16", "group_size": 32}
+    plan = planning.make(settled(folder, scheme, export={"format": "gptq", "engines": []}))
+    assert not streaming.packs_rows(plan.format)
+    (got, lines), (want, expected) = streamed(plan, tmp_path / "out"), at_once(plan)
+    assert all(same(got[name], want[name]) for name in plan.specs)
+    assert lines == expected
+
+
+def test_nan_in_later_rows_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(streaming.ELEMENTS, "cpu", 10 * 64)
+    folder = tiny.save(tmp_path / "model")
+    (file,) = folder.glob("*.safetensors")
+    tensors = load_file(file)
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensors[name][-1, 3] = float("nan")
+    save_file(tensors, file)
+    with pytest.raises(InputError, match=rf"{name}' holds 1 NaN or Inf of {tensors[name].numel()} values"):
+        streamed(planning.make(settled(folder)), tmp_path / "out")

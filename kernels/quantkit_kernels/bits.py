@@ -41,11 +41,13 @@ def pack_bits(codes: torch.Tensor, bits: int) -> torch.Tensor:
     elements, size = _period(bits)
     if codes.is_floating_point() or codes.dtype == torch.bool:
         raise ValueError(f"codes are {codes.dtype}; they must be integers")
-    if codes.numel():
+    if codes.numel() and not (bits == 8 and codes.dtype == torch.uint8):
         low, high = int(codes.min()), int(codes.max())
         if low < 0 or high >> bits:
             raise ValueError(f"codes go from {low} to {high}; {bits} bits hold 0 to {(1 << bits) - 1}")
     n = codes.shape[-1]
+    if bits == 8 and n % 4 == 0:  # the stream is the codes
+        return codes.to(torch.uint8, copy=True, memory_format=torch.contiguous_format).view(torch.int32)
     padded = codes.to(torch.uint8)
     if n % 32:
         padded = F.pad(padded, (0, -n % 32))

@@ -62,14 +62,21 @@ class Layout:
 
     main     the tensor that holds the codes: by it, layouts of the same weight are told apart
     numbers  the weights' number formats that it holds
+    codes    the tensor `main` of some rows of codes: that of a weight is those of its rows, one after another
+    scales   the other tensors, of a weight (N, K)
     """
 
     name: str
     main: str
     numbers: tuple[str, ...]
     tensors: Callable[[tuple[int, int], TensorScheme, str], dict[str, TensorSpec]]
-    pack: Callable[[QuantizedTensor], dict[str, torch.Tensor]]
+    codes: Callable[[torch.Tensor, TensorScheme], torch.Tensor]
+    scales: Callable[[QParams, TensorScheme, tuple[int, int]], dict[str, torch.Tensor]]
     unpack: Callable[[Mapping[str, torch.Tensor], TensorScheme], QuantizedTensor]
+
+    def pack(self, q: QuantizedTensor) -> dict[str, torch.Tensor]:
+        """All tensors of a weight. Raises InputError for a code outside its range, or scales that are missing."""
+        return {self.main: self.codes(q.codes_NK, q.scheme), **self.scales(q.qparams, q.scheme, q.shape)}
 
     def holds(self, scheme: Scheme) -> bool:
         """Whether a layer of this scheme can lie in this layout."""
@@ -123,18 +130,16 @@ def _scale_specs(shape: tuple[int, int], scheme: TensorScheme, dtype: str) -> di
     return specs
 
 
-def _scales(q: QuantizedTensor) -> dict[str, torch.Tensor]:
+def _scales(qparams: QParams, scheme: TensorScheme, shape: tuple[int, int]) -> dict[str, torch.Tensor]:
     """The tensors of `_scale_specs`."""
-    zero, scale = q.qparams.zero_NG, q.qparams.scale_NG
-    if (zero is None) != q.scheme.symmetric:
-        raise InputError(
-            f"{q.scheme.number}: zero points are {'absent' if zero is None else 'given'}, scheme says else"
-        )
-    found = {"weight_scale": scale.reshape(1) if q.scheme.strategy == "tensor" else scale}
-    if q.scheme.number == "nvfp4":
-        if q.qparams.global_scale is None:
+    zero, scale = qparams.zero_NG, qparams.scale_NG
+    if (zero is None) != scheme.symmetric:
+        raise InputError(f"{scheme.number}: zero points are {'absent' if zero is None else 'given'}, scheme says else")
+    found = {"weight_scale": scale.reshape(1) if scheme.strategy == "tensor" else scale}
+    if scheme.number == "nvfp4":
+        if qparams.global_scale is None:
             raise InputError("nvfp4: the global scale is missing")
-        found["weight_global_scale"] = q.qparams.global_scale.float().reshape(1)
+        found["weight_global_scale"] = qparams.global_scale.float().reshape(1)
     return found
 
 
@@ -190,13 +195,17 @@ def _tensors_packed(shape: tuple[int, int], scheme: TensorScheme, dtype: str) ->
     return specs
 
 
-def _pack_packed(q: QuantizedTensor) -> dict[str, torch.Tensor]:
-    b, zero = bits(q.scheme), q.qparams.zero_NG
-    packed = {"weight_packed": _pack_offset(q.codes_NK, b), **_scales(q)}
+def _codes_packed(codes: torch.Tensor, scheme: TensorScheme) -> torch.Tensor:
+    return _pack_offset(codes, bits(scheme))
+
+
+def _scales_packed(qparams: QParams, scheme: TensorScheme, shape: tuple[int, int]) -> dict[str, torch.Tensor]:
+    packed, zero = _scales(qparams, scheme, shape), qparams.zero_NG
     if zero is not None:
-        whole = q.scheme.strategy == "tensor"
-        packed["weight_zero_point"] = zero.to(torch.int8).reshape(1) if whole else _pack_offset(zero.t(), b).t()
-    packed["weight_shape"] = torch.tensor(q.shape, dtype=torch.int64)
+        whole = scheme.strategy == "tensor"
+        zeros = zero.to(torch.int8).reshape(1) if whole else _pack_offset(zero.t(), bits(scheme)).t()
+        packed["weight_zero_point"] = zeros
+    packed["weight_shape"] = torch.tensor(shape, dtype=torch.int64)
     return packed
 
 
@@ -235,18 +244,22 @@ def _tensors_plain(shape: tuple[int, int], scheme: TensorScheme, dtype: str) -> 
     return specs
 
 
-def _pack_plain(q: QuantizedTensor) -> dict[str, torch.Tensor]:
-    if q.scheme.number in INTEGERS and q.codes_NK.numel():
-        low, high, half = int(q.codes_NK.min()), int(q.codes_NK.max()), 1 << (bits(q.scheme) - 1)
+def _codes_plain(codes: torch.Tensor, scheme: TensorScheme) -> torch.Tensor:
+    if scheme.number in INTEGERS and codes.numel():
+        low, high, half = int(codes.min()), int(codes.max()), 1 << (bits(scheme) - 1)
         if low < -half or high >= half:
-            raise InputError(f"{q.scheme.number}: codes go from {low} to {high}; it has {-half} to {half - 1}")
-    code = torch.int8 if q.scheme.number in INTEGERS else torch.float8_e4m3fn
-    if q.codes_NK.dtype != code:
-        raise InputError(f"{q.scheme.number}: codes are {q.codes_NK.dtype}, not {code}")
-    tensors = {"weight": q.codes_NK, **_scales(q)}
-    if q.qparams.zero_NG is not None:
-        zero = q.qparams.zero_NG.to(torch.int8)
-        tensors["weight_zero_point"] = zero.reshape(1) if q.scheme.strategy == "tensor" else zero
+            raise InputError(f"{scheme.number}: codes go from {low} to {high}; it has {-half} to {half - 1}")
+    code = torch.int8 if scheme.number in INTEGERS else torch.float8_e4m3fn
+    if codes.dtype != code:
+        raise InputError(f"{scheme.number}: codes are {codes.dtype}, not {code}")
+    return codes
+
+
+def _scales_plain(qparams: QParams, scheme: TensorScheme, shape: tuple[int, int]) -> dict[str, torch.Tensor]:
+    tensors = _scales(qparams, scheme, shape)
+    if qparams.zero_NG is not None:
+        zero = qparams.zero_NG.to(torch.int8)
+        tensors["weight_zero_point"] = zero.reshape(1) if scheme.strategy == "tensor" else zero
     return tensors
 
 
@@ -274,13 +287,12 @@ def _tensors_nibbles(shape: tuple[int, int], scheme: TensorScheme, dtype: str) -
     return {"weight_packed": TensorSpec("U8", (n, k * _PACKED_FLOATS[scheme.number] // 8)), **scales}
 
 
-def _pack_nibbles(q: QuantizedTensor) -> dict[str, torch.Tensor]:
-    numerics.groups(q.scheme, q.shape[1])  # a row of whole groups is also a row of whole words
+def _codes_nibbles(codes: torch.Tensor, scheme: TensorScheme) -> torch.Tensor:
+    numerics.groups(scheme, codes.shape[1])  # a row of whole groups is also a row of whole words
     try:
-        packed = pack_bits(q.codes_NK, _PACKED_FLOATS[q.scheme.number]).view(torch.uint8)
+        return pack_bits(codes, _PACKED_FLOATS[scheme.number]).view(torch.uint8)
     except ValueError as error:
-        raise InputError(f"{q.scheme.number}: {error}") from error
-    return {"weight_packed": packed, **_scales(q)}
+        raise InputError(f"{scheme.number}: {error}") from error
 
 
 def _unpack_nibbles(tensors: Mapping[str, torch.Tensor], scheme: TensorScheme) -> QuantizedTensor:
@@ -293,9 +305,9 @@ def _unpack_nibbles(tensors: Mapping[str, torch.Tensor], scheme: TensorScheme) -
     return QuantizedTensor(unpack_bits(words, b, shape[1]), _qparams(found, scheme, None), scheme)
 
 
-_PLAIN = (_tensors_plain, _pack_plain, _unpack_plain)
-_NIBBLES = (_tensors_nibbles, _pack_nibbles, _unpack_nibbles)
-_PACKED = (_tensors_packed, _pack_packed, _unpack_packed)
+_PLAIN = (_tensors_plain, _codes_plain, _scales_plain, _unpack_plain)
+_NIBBLES = (_tensors_nibbles, _codes_nibbles, _scales, _unpack_nibbles)
+_PACKED = (_tensors_packed, _codes_packed, _scales_packed, _unpack_packed)
 LAYOUTS = {
     layout.name: layout
     for layout in (

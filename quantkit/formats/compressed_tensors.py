@@ -43,7 +43,9 @@ __all__ = [
     "kv_tensors",
     "layout",
     "pack",
+    "pack_codes",
     "pack_kv",
+    "pack_scales",
     "read_config",
     "shape",
     "tensors",
@@ -78,7 +80,21 @@ def pack(
                  and zero (1, 1); of NVFP4 only the global scale is written
     Raises InputError for a scheme that is not held, a code outside its range, or scales that are missing.
     """
-    found = {**layout(Scheme(q.scheme, activations)).pack(q), **pack_input(activations, inputs)}
+    scheme = Scheme(q.scheme, activations)
+    return {**pack_codes(q.codes_NK, scheme), **pack_scales(q.qparams, scheme, q.shape, inputs)}
+
+
+def pack_codes(codes_NK: torch.Tensor, scheme: Scheme) -> dict[str, torch.Tensor]:
+    """The tensor of `pack` that holds the codes, of some rows: a weight's is those of its rows, one after another."""
+    held = layout(scheme)
+    return {held.main: held.codes(codes_NK, scheme.weights).contiguous()}
+
+
+def pack_scales(
+    qparams: QParams, scheme: Scheme, shape: tuple[int, int], inputs: QParams | None = None
+) -> dict[str, torch.Tensor]:
+    """The other tensors of `pack`, of a weight of that shape (N, K)."""
+    found = {**layout(scheme).scales(qparams, scheme.weights, shape), **pack_input(scheme.activations, inputs)}
     return {name: t.contiguous() for name, t in found.items()}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import math
 import pkgutil
 from types import ModuleType
 
@@ -49,6 +50,14 @@ def dequantize(q: QuantizedTensor) -> torch.Tensor:
     return get(q.scheme.number).decode(q.codes_NK, q.qparams, q.scheme)
 
 
+def finite(t: torch.Tensor) -> bool:
+    """Whether no value is NaN or Inf.
+
+    NaN and Inf pass through a sum, which takes a sixth of the time of the extremes; those tell when it overflows.
+    """
+    return not t.numel() or math.isfinite(t.sum()) or all(math.isfinite(extreme) for extreme in t.aminmax())
+
+
 def groups(scheme: TensorScheme, k: int) -> int:
     """Number of scales along a row of `k` columns. Raises InputError when the group size does not divide it."""
     if scheme.strategy in ("tensor", "channel", "token"):
@@ -77,9 +86,6 @@ def expand(qparams: QParams, scheme: TensorScheme, shape: torch.Size | tuple[int
     scale = qparams.scale_NG
     if tuple(scale.shape) == (n, k) and scale.dtype == torch.float32 and qparams.global_scale is None:
         return qparams
-    value = e8m0(scale) if scale.dtype == torch.uint8 else scale.float()
-    if qparams.global_scale is not None:
-        value = value / qparams.global_scale
     rows, cols = scheme.block_shape if scheme.strategy == "block" and scheme.block_shape else (1, -1)
     if cols < 0:
         cols = k // scale.shape[1]
@@ -92,7 +98,27 @@ def expand(qparams: QParams, scheme: TensorScheme, shape: torch.Size | tuple[int
         return t.expand(n, k)
 
     zero = None if qparams.zero_NG is None else spread(qparams.zero_NG.float())
-    return QParams(spread(value), zero)
+    return QParams(spread(_scales(qparams)), zero)
+
+
+def aligned(t_NK: torch.Tensor, qparams: QParams, scheme: TensorScheme) -> tuple[torch.Tensor, QParams]:
+    """Weights or codes, and their scales as float32, in shapes that broadcast: `expand` without a scale a weight.
+
+    Where a row has groups: (N, G, K / G) and (N, G, 1). Reading a scale a weight takes longer than the arithmetic.
+    """
+    (n, k), scale = t_NK.shape, qparams.scale_NG
+    if scheme.strategy != "group" or scale.shape[0] != n or not 1 < scale.shape[1] < k:
+        return t_NK, expand(qparams, scheme, t_NK.shape)
+    groups, zero = scale.shape[1], qparams.zero_NG
+    grouped = QParams(_scales(qparams)[..., None], None if zero is None else zero.float()[..., None])
+    return t_NK.unflatten(1, (groups, k // groups)), grouped
+
+
+def _scales(qparams: QParams) -> torch.Tensor:
+    """The scales as float32, the global scale divided in."""
+    scale = qparams.scale_NG
+    value = e8m0(scale) if scale.dtype == torch.uint8 else scale.float()
+    return value if qparams.global_scale is None else value / qparams.global_scale
 
 
 def column(fine: QParams, j: int) -> QParams:

@@ -18,11 +18,15 @@ from quantkit.types import QParams, TensorScheme
 # Elements of w judged at once: what stays in a CPU's cache is judged several times faster; a GPU wants many at a time.
 SEARCH_ELEMENTS = {"cpu": 1 << 17, "cuda": 1 << 25}
 
+LOOK_ELEMENTS = 1 << 25  # where they are looked at once, for their extremes
+
 # tiles (R, size) float32, each element's importance (R, size) or None -> scales (R, 1)
 Pick = Callable[[torch.Tensor, torch.Tensor | None], QParams]
 
 
-def pick_scales(w_NK: torch.Tensor, scheme: TensorScheme, importance_K: torch.Tensor | None, pick: Pick) -> QParams:
+def pick_scales(
+    w_NK: torch.Tensor, scheme: TensorScheme, importance_K: torch.Tensor | None, pick: Pick, *, search: str
+) -> QParams:
     """Calls `pick` for all tiles, some at a time, and lays out what it finds: scales (N, G) as QParams has them.
 
     importance_K  (K,) float, the weight of each column's squared error; None counts all alike
@@ -31,12 +35,13 @@ def pick_scales(w_NK: torch.Tensor, scheme: TensorScheme, importance_K: torch.Te
     n, k = w_NK.shape
     height, width = tile_shape(scheme, n, k)
     down, across = -(-n // height), -(-k // width)
-    rows = height * max(1, SEARCH_ELEMENTS.get(w_NK.device.type, 1 << 20) // (k * height))
+    elements = LOOK_ELEMENTS if search == "absmax" else SEARCH_ELEMENTS.get(w_NK.device.type, 1 << 20)
+    rows = height * max(1, elements // (k * height))
     importance = None if importance_K is None else _cut(importance_K.float().expand(height, k), height, width)
     parts = []
     for start in range(0, n, rows):
         tiles = _cut(w_NK[start : start + rows].float(), height, width)
-        if not bool(torch.isfinite(torch.stack(tiles.aminmax())).all()):
+        if not numerics.finite(tiles):
             raise InputError(_not_finite(w_NK))
         weight = None if importance is None else importance.repeat(tiles.shape[0] // across, 1)
         parts.append(pick(tiles, weight))
@@ -48,14 +53,14 @@ def pick_scales(w_NK: torch.Tensor, scheme: TensorScheme, importance_K: torch.Te
 
 def check_finite(w_NK: torch.Tensor, qparams: QParams, scheme: TensorScheme) -> QParams:
     """The scales as they are. Raises InputError when the weight holds NaN or Inf, or a scale overflows its dtype."""
-    if not bool(torch.isfinite(w_NK).all()):
+    if not numerics.finite(w_NK):
         raise InputError(_not_finite(w_NK))
     _check_scale(qparams.scale_NG, scheme)
     return qparams
 
 
 def _check_scale(scale: torch.Tensor, scheme: TensorScheme) -> None:
-    if scale.is_floating_point() and not bool(torch.isfinite(scale.float()).all()):
+    if scale.is_floating_point() and not numerics.finite(scale.float()):
         raise InputError(f"{scheme.number}: a scale overflows {scale.dtype}; store the scales in bfloat16 or float32")
 
 
@@ -100,6 +105,8 @@ def _cut(w: torch.Tensor, height: int, width: int) -> torch.Tensor:
     Contiguous, because sums come out in another order when it is not.
     """
     n, k = w.shape
+    if height == 1 and not k % width:
+        return w.reshape(-1, width).contiguous()
     if n % height or k % width:
         w = torch.nn.functional.pad(w, (0, -k % width, 0, -n % height))
     n, k = w.shape

@@ -81,7 +81,7 @@ def qparams(
     def pick(w: torch.Tensor, importance: torch.Tensor | None) -> QParams:
         return _qparams_rows(w, scheme, scale_dtype, search, importance)
 
-    return pick_scales(w_NK, scheme, importance_K, pick)
+    return pick_scales(w_NK, scheme, importance_K, pick, search=search)
 
 
 def _qparams_rows(
@@ -161,14 +161,13 @@ def _nearest(w: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, sc
 
 def encode(w_NK: torch.Tensor, qparams: QParams, scheme: TensorScheme) -> torch.Tensor:
     """Nearest code of each weight, ties to even, saturating. (N, K) float -> (N, K) int8."""
-    fine = numerics.expand(qparams, scheme, w_NK.shape)
-    return _nearest(w_NK.float(), fine.scale_NG, fine.zero_NG, scheme).to(torch.int8)
+    w, fine = numerics.aligned(w_NK.float(), qparams, scheme)
+    return _nearest(w, fine.scale_NG, fine.zero_NG, scheme).to(torch.int8).reshape(w_NK.shape)
 
 
 def decode(codes_NK: torch.Tensor, qparams: QParams, scheme: TensorScheme) -> torch.Tensor:
     """(codes - zero) * scale, float32 (N, K)."""
-    fine = numerics.expand(qparams, scheme, codes_NK.shape)
-    q = codes_NK.float()
+    q, fine = numerics.aligned(codes_NK.float(), qparams, scheme)
     if fine.zero_NG is not None:
         q = q - fine.zero_NG
-    return q * fine.scale_NG
+    return (q * fine.scale_NG).reshape(codes_NK.shape)

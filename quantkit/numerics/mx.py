@@ -29,10 +29,9 @@ import torch
 
 from quantkit import numerics
 from quantkit.errors import InputError
-from quantkit.numerics import _minifloat
+from quantkit.numerics import _minifloat, fp8
 from quantkit.numerics._minifloat import E2M1, E2M3, E3M2, E4M3, E5M2, Minifloat
 from quantkit.numerics._tiles import check_finite, least_error, pick_scales, squared_error
-from quantkit.numerics.fp8 import cast
 from quantkit.types import QParams, TensorScheme
 from quantkit_kernels import scales
 from quantkit_kernels.gptq import available
@@ -101,7 +100,7 @@ def qparams(
 
         return QParams(least_error([_scale(amax, element, rule) for rule in ("ocp", "more")], error))
 
-    return pick_scales(w_NK, scheme, importance_K, pick)
+    return pick_scales(w_NK, scheme, importance_K, pick, search=search)
 
 
 def _scale(amax: torch.Tensor, element: Element, rule: str) -> torch.Tensor:
@@ -126,20 +125,23 @@ def _scale(amax: torch.Tensor, element: Element, rule: str) -> torch.Tensor:
 def encode(w_NK: torch.Tensor, qparams: QParams, scheme: TensorScheme) -> torch.Tensor:
     """Nearest code of each weight, ties to even, saturating: (N, K) float -> (N, K), dtype as in the table above."""
     element = ELEMENTS[scheme.number]
-    x = w_NK.float() / numerics.expand(qparams, scheme, w_NK.shape).scale_NG
+    w, fine = numerics.aligned(w_NK.float(), qparams, scheme)
+    x = (w / fine.scale_NG).reshape(w_NK.shape)
     if element.code == torch.uint8:
         return _minifloat.encode(x, element.form)
     if element.code == torch.int8:
         return (x * 64).round_().clamp_(-127, 127).to(torch.int8)
-    return cast(x, element.form, element.code)
+    return fp8.cast(x, element.form, element.code)
 
 
 def decode(codes_NK: torch.Tensor, qparams: QParams, scheme: TensorScheme) -> torch.Tensor:
     """element * 2^(scale - 127), float32 (N, K)."""
     element = ELEMENTS[scheme.number]
-    scale = numerics.expand(qparams, scheme, codes_NK.shape).scale_NG
     if element.code == torch.uint8:
-        return _minifloat.decode(codes_NK, element.form) * scale
-    if element.code == torch.int8:
-        return codes_NK.float() / 64 * scale
-    return codes_NK.float() * scale
+        values = _minifloat.decode(codes_NK, element.form)
+    elif element.code == torch.int8:
+        values = codes_NK.float() / 64
+    else:
+        values = fp8.floats(codes_NK)
+    values, fine = numerics.aligned(values, qparams, scheme)
+    return (values * fine.scale_NG).reshape(codes_NK.shape)

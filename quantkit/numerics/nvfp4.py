@@ -95,7 +95,7 @@ def local_qparams(
             best = least_error([best, *_around(scale(6))], error)
         return QParams(best.to(torch.float8_e4m3fn))
 
-    return QParams(pick_scales(w_NK, scheme, importance_K, pick).scale_NG, None, global_scale)
+    return QParams(pick_scales(w_NK, scheme, importance_K, pick, search=search).scale_NG, None, global_scale)
 
 
 def _around(scale: torch.Tensor) -> list[torch.Tensor]:
@@ -107,9 +107,11 @@ def _around(scale: torch.Tensor) -> list[torch.Tensor]:
 
 def encode(w_NK: torch.Tensor, qparams: QParams, scheme: TensorScheme) -> torch.Tensor:
     """Nearest code of each weight, ties to even, saturating: (N, K) float -> uint8 (N, K)."""
-    return _minifloat.encode(w_NK.float() / numerics.expand(qparams, scheme, w_NK.shape).scale_NG, E2M1)
+    w, fine = numerics.aligned(w_NK.float(), qparams, scheme)
+    return _minifloat.encode(w / fine.scale_NG, E2M1).reshape(w_NK.shape)
 
 
 def decode(codes_NK: torch.Tensor, qparams: QParams, scheme: TensorScheme) -> torch.Tensor:
     """value * scale / global_scale, float32 (N, K)."""
-    return _minifloat.decode(codes_NK, E2M1) * numerics.expand(qparams, scheme, codes_NK.shape).scale_NG
+    values, fine = numerics.aligned(_minifloat.decode(codes_NK, E2M1), qparams, scheme)
+    return (values * fine.scale_NG).reshape(codes_NK.shape)
