@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from quantkit import summation
 from quantkit.types import Notes, Stats
 
 FEW = 4  # tokens per input channel below which an expert's own statistics are thin
@@ -278,7 +279,7 @@ def shrink(routed: Stats, everyone: Stats, k: float = 1.0, *, notes: Notes | Non
 
 
 def _total(t: torch.Tensor) -> float:
-    return float((t.diagonal() if t.ndim == 2 else t).double().sum())
+    return summation.total(t.diagonal() if t.ndim == 2 else t)
 
 
 def coverage(tokens: Sequence[int], width: int) -> dict[str, Any]:

@@ -36,14 +36,8 @@ def identity(recipe: Recipe, source: hub.Source, device: torch.device) -> dict[s
         "source": {"model": source.model, "fingerprint": source.fingerprint(), **model},
         "versions": versions(),
         "device": torch.cuda.get_device_name(device) if cuda else f"CPU with {torch.backends.cpu.get_cpu_capability()}",
-        "threads": None if cuda or _any_threads(recipe) else torch.get_num_threads(),
+        "threads": None if cuda or summation.fixed() else torch.get_num_threads(),
     }
-
-
-def _any_threads(recipe: Recipe) -> bool:
-    """Whether a CPU gives the same bytes with any number of threads: shown for these methods alone."""
-    plain = recipe.method_name in ("gptq", "rtn") and not recipe.transforms and recipe.scheme.auto is None
-    return plain and summation.fixed()
 
 
 def choose(

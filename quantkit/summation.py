@@ -1,8 +1,8 @@
 """Float sums that do not depend on the number of threads, so that a CPU with more of them gives the same bytes.
 
 What was found to depend on it, in float32: matrix products of some shapes, which Intel's MKL cuts along their sum if it
-is not told otherwise before it is first used; LAPACK's factorizations, always; sums over a whole large tensor. Not
-triangular solves, attention, a softmax, norms and sums of rows (eval/RESULTS.md).
+is not told otherwise before it is first used; LAPACK's factorizations, always; sums over a whole large tensor; a matrix
+by a vector, whatever MKL is told. Not triangular solves, attention, a softmax, norms, sums of rows (eval/RESULTS.md).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 
 MODE = "AUTO,STRICT"  # of MKL's "conditional numerical reproducibility": this CPU's instructions, any number of threads
 _STRICT = 0x10000
+ROW = 4096  # values that one thread adds up; several share a sum of 32768 or more
 
 
 def fix() -> None:
@@ -31,6 +32,14 @@ def fixed() -> bool:
         return bool(library.mkl_serv_cbwr_get(-1) & _STRICT)
     except (OSError, AttributeError):
         return False
+
+
+def total(x: torch.Tensor) -> float:
+    """The sum of all values of a tensor of any shape, in float64: of rows, then of what they gave, which is few."""
+    flat = x.detach().flatten()
+    whole = len(flat) - len(flat) % ROW
+    rows = flat[:whole].view(-1, ROW).sum(1, dtype=torch.float64)
+    return float(rows.sum() + flat[whole:].sum(dtype=torch.float64))
 
 
 @contextmanager

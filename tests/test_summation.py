@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -80,6 +81,43 @@ def test_what_mkl_was_told(setting, first, expected):
     assert done.stdout.strip() == str(expected and torch.backends.mkl.is_available())
 
 
+@pytest.mark.parametrize("shape", [(), (7,), (5000,), (1, 300_000), (70_000, 3), (3, 3, 4096)])
+def test_a_total_is_the_same_and_right(shape: tuple[int, ...]):
+    x = torch.rand(shape, generator=torch.Generator().manual_seed(0)) - 0.4
+    first, *others = each(lambda: summation.total(x))
+    assert first == pytest.approx(math.fsum(x.flatten().tolist()), rel=1e-12)
+    assert others == [first] * len(others)
+
+
+def test_why_a_total_is_not_just_a_sum():
+    x = torch.randn(3000, 3000, generator=torch.Generator().manual_seed(0))
+    assert len(set(each(lambda: float(x.sum())))) > 1
+
+
+MORE: dict[str, dict[str, Any]] = {
+    "awq": {"transforms": [{"awq": {"search": "absmax"}}], "method": {"rtn": {"scale_search": "absmax"}}},
+    "smoothquant": {"transforms": ["smoothquant"], "scheme": "W8A8"},
+    "rotation": {"transforms": ["rotation"]},
+    "autoround": {"method": {"autoround": {"iterations": 4}}},
+    "choice of schemes": {"scheme": {"auto": {"bits": 5, "candidates": ["W4A16", "W8A16"]}}},
+}
+
+
+@pytest.mark.parametrize("more", MORE.values(), ids=list(MORE))
+def test_every_method_gives_the_same_bytes(tmp_path: Path, more: dict[str, Any]):
+    what = recipe(
+        tiny.save(tmp_path / "model", **{**WIDE, "intermediate_size": 384, "head_dim": 32, "num_hidden_layers": 2}),
+        **more,
+    )
+    found = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        found.append(content(quantkit.quantize(what, out=tmp_path / str(threads), device="cpu").out))
+    one, other = found
+    assert one.keys() == other.keys()
+    assert not summation.fixed() or [name for name in one if one[name] != other[name]] == []
+
+
 @pytest.mark.slow
 def test_a_run_goes_on_with_another_number_to_the_same_bytes(tmp_path: Path):
     what = recipe(tiny.save(tmp_path / "model", **WIDE))
@@ -98,15 +136,10 @@ def test_a_run_goes_on_with_another_number_to_the_same_bytes(tmp_path: Path):
 def test_the_number_of_threads_counts_where_sums_depend_on_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     plain = recipe(tiny.save(tmp_path / "model", **WIDE))
     source = quantkit.hub.resolve(plain["model"])
-    for fixed, cuda, more in (
-        (True, False, {}),
-        (False, False, {}),
-        (False, True, {}),
-        (True, False, {"transforms": ["awq"]}),  # sums over whole tensors
-    ):
-        what = Recipe.from_any({**plain, **more})
+    what = Recipe.from_any(plain)
+    for fixed, cuda in ((True, False), (False, False), (False, True)):
         monkeypatch.setattr(summation, "fixed", lambda fixed=fixed: fixed)
         if cuda:
             monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a GPU")
         found = running.identity(what, source, torch.device("cuda" if cuda else "cpu"))
-        assert found["threads"] == (None if (fixed and not more) or cuda else torch.get_num_threads())
+        assert found["threads"] == (None if fixed or cuda else torch.get_num_threads())

@@ -99,7 +99,7 @@ def test_the_error_of_several_consumers_is_their_sum() -> None:
     ]
     # Tiles of rows stay inside a weight; weights of one scheme and strategy otherwise are judged together.
     assert sorted(len(stack.weight_NK) for stack in stacked(consumers)) == [7, 32, 40, 40]
-    found = float(rounding_error(consumers, s, observed(x).gram_KK, "absmax"))  # type: ignore[arg-type]
+    found = rounding_error(consumers, s, observed(x).gram_KK, "absmax")  # type: ignore[arg-type]
     assert found == pytest.approx(output_loss(consumers, x, s, "absmax"), rel=1e-5)
 
 
@@ -108,10 +108,10 @@ def test_what_does_not_fit_at_once_is_judged_in_parts(monkeypatch: pytest.Monkey
     consumers = [consumer(20, seed=i) for i in range(5)]
     gram = observed(x).gram_KK
     assert gram is not None
-    whole = float(rounding_error(consumers, s, gram, "absmax"))
+    whole = rounding_error(consumers, s, gram, "absmax")
     monkeypatch.setattr(transforms, "ELEMENTS", {"cpu": 45 * 64})
     assert [len(stack.weight_NK) for stack in stacked(consumers)] == [40, 40, 20]
-    assert float(rounding_error(consumers, s, gram, "absmax")) == pytest.approx(whole, rel=1e-6)
+    assert rounding_error(consumers, s, gram, "absmax") == pytest.approx(whole, rel=1e-6)
 
 
 def test_columns_that_share_a_channel() -> None:
@@ -154,7 +154,7 @@ def test_awq_walks_to_less_error_with_less_trials(monkeypatch: pytest.MonkeyPatc
     calls = 0
     judged = awq.rounding_error
 
-    def counted(*args: Any) -> torch.Tensor:
+    def counted(*args: Any) -> float:
         nonlocal calls
         calls += 1
         return judged(*args)

@@ -29,7 +29,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
-from quantkit import numerics
+from quantkit import numerics, summation
 from quantkit.algorithms import gptq, rtn
 from quantkit.algorithms._signsgd import Rounding
 from quantkit.errors import InputError
@@ -271,8 +271,9 @@ def _error(data: Data) -> float:
     parts = []
     for i in filter(data.here, range(data.batches)):
         whole = data.target(i).float().masked_fill(~data.mask(i)[..., None], 0)
-        parts.append(torch.stack([_missed(data.forward(i), data, i).square().sum(), whole.square().sum()]))
-    rows = data.gather(torch.stack(parts).tolist() if parts else [])
+        missed = _missed(data.forward(i), data, i)
+        parts.append([summation.total(missed.square_()), summation.total(whole.square_())])
+    rows = data.gather(parts)
     error, whole = torch.tensor(rows, dtype=torch.float64).sum(0).tolist()
     if not (math.isfinite(error) and math.isfinite(whole)):
         raise InputError("the block's output holds NaN or Inf; load the model in bfloat16 or float32")

@@ -235,7 +235,8 @@ def _factor(
         notes.add(
             f"{int(dead.sum())} of {len(dead)} input channels are zero on all calibration tokens; rounded to nearest"
         )
-    mean = diagonal[~dead].mean() if bool((~dead).any()) else torch.ones((), device=hessian.device)
+    alive = diagonal[~dead]
+    mean = summation.total(alive) / len(alive) if len(alive) else 1.0
     # The order turned around turns the upper factor that is wanted into the lower one that Cholesky gives.
     order = torch.arange(len(diagonal), device=diagonal.device) if order is None else order
     damped = hessian[order.flip(0)][:, order.flip(0)]
@@ -246,14 +247,14 @@ def _factor(
     for dtype in (torch.float32, torch.float64):
         damped = damped.to(dtype)
         for step in ladder:
-            damped.diagonal().copy_(undamped.to(dtype) + step * mean.to(dtype))
+            damped.diagonal().copy_(undamped.to(dtype) + step * mean)
             with summation.one_thread():
                 lower, info = torch.linalg.cholesky_ex(damped)
             if int(info) == 0 and bool(torch.isfinite(lower.diagonal()).all()):
                 if step != dampening or dtype != torch.float32:
                     notes.add(f"H was not positive definite; factored with dampening {step:g} in {dtype}")
                 del damped
-                return lower.flip(0, 1).float(), step * float(mean)
+                return lower.flip(0, 1).float(), step * mean
     notes.add("H could not be factored at any dampening; rounded to nearest with searched scales")
     return None
 

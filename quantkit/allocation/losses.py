@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch.nn.functional import linear
 
-from quantkit import blocks, solve
+from quantkit import blocks, solve, summation
 from quantkit.errors import InputError
 from quantkit.linears import Linear
 from quantkit.numerics._activations import fake_quantize
@@ -178,5 +178,5 @@ def _energy(sample: Stats, of: Callable[[torch.Tensor], torch.Tensor]) -> float:
     if sample.sample_MK is None or not sample.tokens:
         return 0.0
     parts = sample.sample_MK.split(CHUNK)
-    total = sum(float(of(x.float()).square().sum(dtype=torch.float64)) for x in parts)
+    total = sum(summation.total(of(x.float()).square()) for x in parts)
     return total * sample.tokens / len(sample.sample_MK)

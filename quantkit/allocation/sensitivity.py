@@ -37,7 +37,7 @@ import torch
 from torch import nn
 from torch.nn.functional import log_softmax
 
-from quantkit import blocks, calibration, observation
+from quantkit import blocks, calibration, observation, summation
 from quantkit.allocation.losses import Methods, Rounded, Subject, losses
 from quantkit.allocation.tail import Tail
 from quantkit.errors import InputError
@@ -289,5 +289,5 @@ def _finish(run: _Pass) -> dict[int, float]:
                     raise InputError("the model's logits are NaN or Inf on the calibration text; load it in bfloat16")
                 for i, hidden in run.copies.items():
                     other = distribution(run.ids[k][part], hidden[k][part], mask)
-                    totals[i] += float((dense.exp() * (dense - other)).sum(dtype=torch.float64))
+                    totals[i] += summation.total(dense.exp() * (dense - other))
     return {i: max(0.0, total / max(1, tokens)) for i, total in totals.items()}

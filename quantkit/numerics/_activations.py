@@ -22,7 +22,7 @@ from dataclasses import replace
 
 import torch
 
-from quantkit import numerics
+from quantkit import numerics, summation
 from quantkit.errors import InputError
 from quantkit.numerics import nvfp4
 from quantkit.numerics._minifloat import E4M3
@@ -126,7 +126,7 @@ class Magnitudes:
         """Sum of the squared errors of all that was seen; the two signs are taken to be as frequent."""
         both = torch.stack([values, -values])
         missed = numerics.dequantize(numerics.quantize(both, QParams(scale.reshape(1, 1)), scheme)) - both
-        return float((missed.double().square() * counts).sum())
+        return summation.total(missed.double().square() * counts)
 
 
 def kv_scale(absmax: torch.Tensor) -> torch.Tensor:

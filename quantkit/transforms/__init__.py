@@ -15,7 +15,7 @@ from types import ModuleType
 
 import torch
 
-from quantkit import numerics
+from quantkit import numerics, summation
 from quantkit.errors import InputError
 from quantkit.types import Scheme, TensorScheme
 from quantkit_kernels import scales as kernels
@@ -94,20 +94,18 @@ def _stack(batch: Sequence[Consumer], scheme: Scheme, dtype: torch.dtype) -> Sta
     return Stack(weights[0] if len(weights) == 1 else torch.cat(weights), scheme, dtype, torch.cat(shares))
 
 
-def rounding_error(
-    consumers: Sequence[Consumer], s_K: torch.Tensor, gram_KK: torch.Tensor, search: str
-) -> torch.Tensor:
-    """What rounding costs in the outputs, per token, if columns are first multiplied by s: a float64 scalar.
+def rounding_error(consumers: Sequence[Consumer], s_K: torch.Tensor, gram_KK: torch.Tensor, search: str) -> float:
+    """What rounding costs in the outputs, per token, if columns are first multiplied by s.
 
     sum over rows of share * dW H dWᵀ with dW = Q(W s) / s - W: the mean of |dW x|² over the tokens whose mean of x xᵀ
     is H. The form is AWQ's objective (arXiv 2306.00978) for linear layers, exactly, without the tokens.
     search  how the number format chooses its scales: "absmax" or "mse"
     """
-    total = torch.zeros((), dtype=torch.float64, device=gram_KK.device)
+    found = 0.0
     for stack in stacked(consumers):
         delta = _difference(stack, s_K, search)
-        total += (output_error(delta, gram_KK) * stack.share_N).sum(dtype=torch.float64)
-    return total
+        found += summation.total(output_error(delta, gram_KK) * stack.share_N)
+    return found
 
 
 def _difference(stack: Stack, s_K: torch.Tensor, search: str) -> torch.Tensor:

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from quantkit import summation
 from quantkit.errors import InputError
 from quantkit.links import Link, norm_offset
 from quantkit.types import Notes
@@ -115,7 +116,8 @@ def relative_error(before: torch.Tensor, after: torch.Tensor, hidden: torch.Tens
     if not bool(torch.isfinite(missed).all()) or not bool(torch.isfinite(added).all()):
         return math.inf
     kept = torch.argsort(missed, stable=True)[: len(missed) - int(len(missed) * TIES)]
-    off, whole = float(missed[kept].sum()), float(added.reshape(-1, before.shape[-1]).square().sum(1)[kept].sum())
+    whole = summation.total(added.reshape(-1, before.shape[-1]).square().sum(1)[kept])
+    off = summation.total(missed[kept])
     return math.sqrt(off / whole) if whole else (math.inf if off else 0.0)
 
 

@@ -32,6 +32,7 @@ from typing import Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
+from quantkit import summation
 from quantkit.errors import InputError
 from quantkit.numerics._tiles import tile_shape
 from quantkit.transforms import Consumer, gathered, in_octaves, quantized, rounding_error, spread, stacked
@@ -96,7 +97,7 @@ def scales(
         return in_octaves(s_P) if octaves else s_P
 
     def error(a: float, b: float) -> float:
-        return float(rounding_error(counted, spread(candidate(a, b), channels_K), gram, options.search))
+        return rounding_error(counted, spread(candidate(a, b), channels_K), gram, options.search)
 
     if options.duo == "both":
         a, b = _walk(error, options.grid)
@@ -143,7 +144,7 @@ def _weight_size(consumers: Sequence[Consumer]) -> torch.Tensor:
         width = tile_shape(stack.scheme.weights, n, k)[1]
         groups = torch.nn.functional.pad(w, (0, -k % width)).view(n, -1, width)
         relative = (groups / groups.amax(2, keepdim=True).clamp(min=1e-30)).view(n, -1)[:, :k]
-        sums = sums + stack.share_N @ relative
-        rows += float(stack.share_N.sum())
+        sums = sums + relative.mul_(stack.share_N[:, None]).sum(0)
+        rows += summation.total(stack.share_N)
     assert isinstance(sums, torch.Tensor)
     return sums / rows

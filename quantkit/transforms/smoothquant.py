@@ -21,7 +21,7 @@ from typing import Annotated, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
-from quantkit import numerics
+from quantkit import numerics, summation
 from quantkit.errors import InputError
 from quantkit.numerics._activations import fake_quantize
 from quantkit.transforms import Consumer, Stack, gathered, in_octaves, quantized, rounding_error, spread, stacked
@@ -105,7 +105,7 @@ def _error(
     consumers: Sequence[Consumer], s_K: torch.Tensor, gram_KK: torch.Tensor, x_MK: torch.Tensor, absmax_K: torch.Tensor
 ) -> float:
     """What rounding weights and activations costs in the outputs, per token."""
-    total = float(rounding_error(consumers, s_K, gram_KK, "mse"))
+    total = rounding_error(consumers, s_K, gram_KK, "mse")
     for stack in stacked(consumers):
         if stack.scheme.activations is not None and len(x_MK):
             total += _activation_error(stack, s_K, x_MK / s_K, absmax_K / s_K)
@@ -118,7 +118,7 @@ def _activation_error(stack: Stack, s_K: torch.Tensor, x_MK: torch.Tensor, absma
     assert scheme is not None
     missed = fake_quantize(x_MK, scheme, static_scale(absmax_K, scheme, stack.scale_dtype)) - x_MK
     outputs = (missed * s_K) @ stack.weight_NK.T
-    return float((outputs.square().sum(0) * stack.share_N).sum(dtype=torch.float64)) / len(x_MK)
+    return summation.total(outputs.square().sum(0) * stack.share_N) / len(x_MK)
 
 
 def static_scale(absmax_K: torch.Tensor, scheme: TensorScheme, scale_dtype: torch.dtype) -> torch.Tensor | None:
