@@ -11,6 +11,8 @@ import pytest
 
 # The tests run in as many processes as there are cores: one thread each is fastest, and sums come out in one order.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# A test with more of them shares the cores with other tests: threads that wait by counting would take theirs.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # As quantize has it, but for all processes alike: some have multiplied matrices before they call it.
 os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -103,7 +103,10 @@ MORE: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("more", MORE.values(), ids=list(MORE))
+@pytest.mark.parametrize(
+    "more",
+    [pytest.param(more, id=name, marks=[] if name == "awq" else pytest.mark.slow) for name, more in MORE.items()],
+)
 def test_every_method_gives_the_same_bytes(tmp_path: Path, more: dict[str, Any]):
     what = recipe(
         tiny.save(tmp_path / "model", **{**WIDE, "intermediate_size": 384, "head_dim": 32, "num_hidden_layers": 2}),
