@@ -115,7 +115,8 @@ def kv_append(
 
     k, v          (B, H, L, D) float, the new ones; caches and scales as in the module's docstring
     starts        (B,) int32, tokens that each sequence has; what does not fit into the cache is left out
-    block_table   (B, pages) int32, or None where the cache is dense
+    block_table   (B, pages) int32, or None where the cache is dense. A page may come more than once (a ring), but
+                  of what a call writes no two blocks of BLOCK tokens may be in one place
     counts        (B,) int32, how many of the L tokens each sequence has, or None for all of them
     """
     kv_append_reference(k, v, k_cache, v_cache, k_scale, v_scale, starts, block_table, counts)

@@ -174,9 +174,9 @@ class KVCache(Cache):
                 continue
             for layer in clock.layers:
                 needed = min(keep, (layer.window or 1) - 1)
-                if layer.ring and needed and max(count, clock.highest) > keep - needed + layer.ring:
+                if layer.ring and needed and max(count, clock.highest) > keep - needed + layer.held:
                     raise InputError(
-                        f"a sliding layer of this KVCache keeps {layer.ring} tokens, too few to take {count - keep} "
+                        f"a sliding layer of this KVCache keeps {layer.held} tokens, too few to take {count - keep} "
                         f"of {count} back; make it without a config, which keeps all"
                     )
             clock.set(keep)

@@ -1,7 +1,9 @@
 """Keys and values of one attention layer in a `kv_cache.KVCache`: memory, what a step adds, what it hands out.
 
 Layouts are those of quantkit_kernels/kv_layout.py. A layer with a window keeps its tokens in a ring of pages, through
-which the table of pages goes again and again: position n is in slot n % ring.
+which the table of pages goes again and again: position n is in slot n % ring. Codes of BLOCK tokens lie together and
+are written together, so of tokens that come at once a ring takes BLOCK fewer than it has slots: both ends of what it
+takes never fall into one block, which two programs of a GPU would write at once, each without the other's tokens.
 """
 
 from __future__ import annotations
@@ -134,7 +136,7 @@ class KVLayer(CacheLayerMixin):
         number = self.cache.number
         form: Any = number if number in HEAD_DIMS and number != "none" else self.dtype
         room = self.cache.room
-        self.ring = 0 if self.window is None else up(self.keep + SLACK, PAGE)
+        self.ring = 0 if self.window is None else up(self.keep + SLACK + BLOCK, PAGE)
         length = PAGE if self.ring else room if room is not None else up(tokens + FIRST, BLOCK)
         pages = batch * self.ring // PAGE if self.ring else batch
         group = self.cache.group_size or (width // 2 if width >= 128 else width) if number == "int4" else None
@@ -201,6 +203,11 @@ class KVLayer(CacheLayerMixin):
             if self.k_scale is not None and self.v_scale is not None and self.fixed[0] is None:
                 self.k_scale, self.v_scale = _longer(self.k_scale, length), _longer(self.v_scale, length)
 
+    @property
+    def held(self) -> int:
+        """Tokens of a ring that are there for sure, of those that it was given last."""
+        return self.ring - BLOCK
+
     def stored(self) -> tuple[torch.Tensor, torch.Tensor, MaybeTensor, MaybeTensor]:
         """What lies in memory, as kernels take it."""
         return self.k_cache, self.v_cache, self.k_scale, self.v_scale
@@ -266,9 +273,9 @@ class KVLayer(CacheLayerMixin):
 
     def _append(self, k: torch.Tensor, v: torch.Tensor) -> None:
         starts, table = self.clock.before, self.table
-        if self.ring and k.shape[2] > self.ring:
-            starts = starts + (k.shape[2] - self.ring)
-            k, v = k[:, :, -self.ring :], v[:, :, -self.ring :]
+        if self.ring and k.shape[2] > self.held:
+            starts = starts + (k.shape[2] - self.held)
+            k, v = k[:, :, -self.held :], v[:, :, -self.held :]
         kv_append(k, v, self.k_cache, self.v_cache, self.k_scale, self.v_scale, starts, table)
 
     def _rounded(self, x: torch.Tensor, which: int) -> torch.Tensor:
