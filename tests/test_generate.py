@@ -27,7 +27,7 @@ from quantkit.runtime import attention, decoding
 from quantkit.runtime.decoding import Decoder, FullCache
 from quantkit.runtime.generate import KEPT, generate
 from quantkit.runtime.kv_cache import KVCache
-from quantkit.runtime.sampling import Sampling, pick, probabilities
+from quantkit.runtime.sampling import Sampling, argmax, pick, probabilities
 
 EMBEDDED = hub.ASSETS / "pydocs-llama-7m"
 KINDS = ("llama", "qwen2", "mistral", "gemma3", "qwen3-moe")
@@ -356,6 +356,27 @@ def test_tokens_are_drawn_by_the_probabilities_of_transformers(top_k: int, top_p
         assert int((wanted[row] == 0)[counts[:, row]].sum()) == 0
 
 
+@pytest.mark.parametrize("parts", [1, 2, 8, 64])
+def test_the_greatest_of_a_row_in_parts(parts: int) -> None:
+    """Of equal ones the first, of numbers that are none too, as torch.argmax."""
+    nan, inf = float("nan"), float("inf")
+    x = torch.randint(-3, 4, (40, 192), generator=torch.Generator().manual_seed(2)).float()
+    x[20:] = -inf
+    for row, places in enumerate(((0,), (191,), (5, 190), (63, 64), (2, 3), (95, 96, 97), ()), 20):
+        x[row, list(places)] = 4.0
+    x[30, [70, 150]], x[31, [3, 5]], x[32, 9] = nan, inf, -5.0
+    x[33, [10, 100]], x[33, 50] = nan, inf
+    assert torch.equal(argmax(x, parts), x.argmax(-1))
+    assert torch.equal(argmax(x.bfloat16(), parts), x.bfloat16().argmax(-1))
+
+
+@pytest.mark.slow  # compiles C++
+def test_a_choice_of_equal_logits_is_the_same_when_compiled() -> None:
+    logits = torch.randint(0, 3, (3, 16_384), generator=torch.Generator().manual_seed(3)).float()
+    found = torch.compile(lambda x: argmax(x, 64), fullgraph=True, dynamic=False)(logits)
+    assert torch.equal(found, logits.argmax(-1))
+
+
 def test_the_ends_of_the_uniform_numbers() -> None:
     logits = torch.tensor([[0.0, -torch.inf, 5.0, -torch.inf], [-torch.inf, 1.0, 1.0, -torch.inf]])
     for u in (0.0, 1 - 2**-24, 1.0):
@@ -475,13 +496,15 @@ def test_a_packed_model(packed: Any) -> None:
 def test_a_step_is_compiled_whole_and_once(packed: Any, backend: Backend) -> None:
     wanted = theirs(packed, ids(), 12)
     assert torch.equal(generate(packed, ids(), 12, compile=True), wanted)
-    assert backend.graphs == 1
+    assert backend.graphs == 2, "the model, and the choice of the token"
     generate(packed, ids(30, seed=1), 20, compile=True)
     generate(packed, ids(2, seed=2), 50, compile=True)
-    assert backend.graphs == 1, "no other prompt or length compiles again"
+    assert backend.graphs == 2, "no other prompt or length compiles again"
     for batch in range(2, 11):  # with the first, more than the eight graphs that torch.compile keeps of one function
         assert generate(packed, ids(5, batch), 3, compile=True).shape[0] == batch
-    assert backend.graphs == 10
+    assert backend.graphs == 20
+    generate(packed, ids(5, 3), 3, compile=True, do_sample=True)
+    assert backend.graphs == 21, "what is drawn is not compiled"
     packed.__dict__.pop(KEPT)
 
 

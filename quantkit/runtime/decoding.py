@@ -139,7 +139,7 @@ class Decoder:
     cache           anything that transformers' layers take; a FullCache is moved on by the step
     mask            (B, slots) int64 of the cache, 0 where there is padding, or None
     eos, pad        tokens that end a row, and what follows them
-    compiled        the forward goes through torch.compile, without graph breaks
+    compiled        a step goes through torch.compile, without graph breaks, in two graphs: the model, and the choice
     """
 
     def __init__(
@@ -166,9 +166,11 @@ class Decoder:
         self.eos = torch.tensor(list(eos), dtype=torch.int64, device=device)
         self.pad = torch.tensor(pad, dtype=torch.int64, device=device)
         self.graph: torch.cuda.CUDAGraph | None = None
-        self.forward = self._forward
+        self.forward, self.finish = self._forward, self._finish
         if compiled:
             self.forward = torch.compile(_own_code(Decoder._forward).__get__(self), fullgraph=True, dynamic=False)
+            if not sampling.do_sample:  # what is drawn must not depend on how sums are compiled
+                self.finish = torch.compile(_own_code(Decoder._finish).__get__(self), fullgraph=True, dynamic=False)
 
     def __deepcopy__(self, memo: Any) -> None:
         """A copied model has captured nothing yet."""
@@ -206,10 +208,7 @@ class Decoder:
 
     def step(self) -> None:
         """One more token for each row."""
-        logits = self.forward()
-        if isinstance(self.cache, FullCache):
-            self.cache.advance(1)
-        self._choose(logits)
+        self.finish(self.forward())
 
     def all_done(self) -> bool:
         """Waits for the device."""
@@ -229,6 +228,11 @@ class Decoder:
 
     def _forward(self) -> torch.Tensor:
         return self._run(self.token, self.mask, self.position)[:, -1].float()
+
+    def _finish(self, logits_BV: torch.Tensor) -> None:
+        if isinstance(self.cache, FullCache):
+            self.cache.advance(1)
+        self._choose(logits_BV)
 
     def _choose(self, logits_BV: torch.Tensor) -> None:
         """Writes down the next token of each row and moves on."""

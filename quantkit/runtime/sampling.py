@@ -6,6 +6,7 @@ it by any `torch.Generator`, and the same numbers choose the same tokens with an
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,8 @@ from typing import Any
 import torch
 
 from quantkit.errors import InputError
+
+PARTS, WIDE = 64, 16_384  # of a row of logits that is searched in parts, and columns from which that pays
 
 # What else transformers' generate can do, and the values that ask for none of it.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -92,13 +95,28 @@ def pick(logits_BV: torch.Tensor, sampling: Sampling, uniform_B: torch.Tensor) -
     Of equal logits at the end of the top_k, transformers keeps all; here k are kept.
     """
     if not sampling.do_sample:
-        return logits_BV.argmax(-1)
+        rows, columns = logits_BV.shape
+        split = logits_BV.is_cuda and rows < PARTS and columns >= WIDE
+        return argmax(logits_BV, math.gcd(columns, PARTS) if split else 1)
     p_BV, ids_BV = probabilities(logits_BV, sampling)
     sums = p_BV.cumsum(-1)
     at = (sums <= uniform_B[:, None] * sums[:, -1:]).sum(-1, keepdim=True).clamp(max=p_BV.shape[-1] - 1)
     # The product may round up to the whole sum, and a scan in parallel need not rise: then the most likely one.
     at = torch.where(p_BV.gather(-1, at) > 0, at, p_BV.argmax(-1, keepdim=True))
     return (at if ids_BV is None else ids_BV.gather(-1, at))[:, 0]
+
+
+def argmax(x_BV: torch.Tensor, parts: int) -> torch.Tensor:
+    """`x_BV.argmax(-1)`, of equal ones the first too, by way of as many parts of a row, which divide it.
+
+    torch takes a row by one block of threads, so that the rest of a GPU stands idle while a few rows are read.
+    """
+    if parts == 1:
+        return x_BV.argmax(-1)
+    rows, columns = x_BV.shape
+    best, at = x_BV.view(rows, parts, -1).max(-1)
+    part = best.argmax(-1, keepdim=True)
+    return torch.add(at.gather(-1, part), part, alpha=columns // parts)[:, 0]
 
 
 def probabilities(logits_BV: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, StaticCache
 from quantkit import hub, presets
 from quantkit.runtime import bench, compiled, timing
 from quantkit.runtime.generate import KEPT, generate
+from quantkit.runtime.sampling import Sampling, pick
 
 pytestmark = pytest.mark.gpu
 EMBEDDED = hub.ASSETS / "pydocs-llama-7m"
@@ -205,3 +206,14 @@ def test_bench(tmp_path: Path) -> None:
     assert all(speed.rate > 0 for speed in (*found.packed.speeds, *found.dense.speeds))
     assert not any("CPU" in note for note in found.notes)
     assert timing.LOOPS.keys() >= {"quantkit", "transformers-static"}
+
+
+def test_the_greatest_of_a_vocabulary() -> None:
+    """In parts, in eager mode and compiled: the first of equal ones, as torch.argmax."""
+    for columns in (128_256, 151_936, 50_257):
+        logits = torch.randint(-40, 41, (3, columns), generator=torch.Generator().manual_seed(columns)).float().cuda()
+        logits[2, 7], logits[2, 70] = float("nan"), float("nan")
+        choose = torch.compile(lambda x: pick(x, Sampling(), x[:, 0]), fullgraph=True, dynamic=False)
+        wanted = logits.argmax(-1)
+        assert torch.equal(pick(logits, Sampling(), logits[:, 0]), wanted) and torch.equal(choose(logits), wanted)
+        assert wanted[:2].tolist() == [int((row == row.max()).nonzero()[0]) for row in logits[:2]]
