@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import random_model
+from quantkit.checkpoint import nbytes
 
 LAYERS = (4, 16, 64)
 RECIPES: dict[str, dict[str, Any]] = {
@@ -30,6 +31,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "W8A16 RTN": {"scheme": "W8A16", "method": {"rtn": {"scale_search": "absmax"}}},
     "W4A16 RTN": {"scheme": "W4A16", "method": {"rtn": {"scale_search": "absmax"}}},
     "MXFP4A16 RTN": {"scheme": "MXFP4A16", "method": {"rtn": {"scale_search": "absmax"}}},
+    "NVFP4A16 RTN": {"scheme": "NVFP4A16", "method": {"rtn": {"scale_search": "absmax"}}},
     "W8A16 RTN mse": {"scheme": "W8A16", "method": "rtn"},
     "FP8_DYNAMIC RTN": {"scheme": "FP8_DYNAMIC", "method": {"rtn": {"scale_search": "absmax"}}},
     "FP8_DYNAMIC RTN mse": {"scheme": "FP8_DYNAMIC", "method": "rtn"},
@@ -129,9 +131,8 @@ def big(out: Path, device: str, gigabytes: float, names: list[str]) -> None:
     """A checkpoint of Llama-3-70B's widths and as many layers as it takes, beside a copy of the same files."""
     folder, copy = out / "model", out / "copy"
     hidden, inner = 8192, 28672
-    per_layer = sum(2 * s.shape[0] * s.shape[-1] for s in random_model.tensors(1, hidden, inner).values())
-    per_layer -= 2 * 2 * 4096 * hidden
-    layers = max(1, round(gigabytes * 1e9 / per_layer))
+    one, two = (sum(nbytes(s) for s in random_model.tensors(n, hidden, inner).values()) for n in (1, 2))
+    layers = max(1, round((gigabytes * 1e9 - (2 * one - two)) / (two - one)))
     if not folder.exists():
         start = time.perf_counter()
         size = random_model.write(folder, layers, hidden, inner)

@@ -4,15 +4,16 @@ A job is one tensor that is copied, or the layers that are rounded together: tho
 scale of a whole tensor, else one layer. A few jobs are under way at a time, so that one reads while another computes
 and a third writes; what they hold is all that is in memory, however many layers there are. Rows of a weight do not
 influence each other, so some rows at a time are read, rounded, packed and written, each time in the same memory: what
-fits in a cache is done several times faster, and memory that is new costs as much again. Weights with a scale of the
-whole tensor, and parts of a tensor that holds several weights, are read at once; codes that the format does not have
-row by row are written at once.
+fits in a cache is done several times faster, and memory that is new costs as much again. NVFP4 is read twice: first for
+the largest weight, to which its scales are relative. Weights with a scale of the whole tensor, and parts of a tensor
+that holds several weights, are read at once; codes that the format does not have row by row are written at once.
 The bytes do not depend on how many jobs run at once, nor on how many rows are taken at a time.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import math
 from collections import deque
@@ -35,7 +36,7 @@ from quantkit.types import Format, Notes, QParams, QuantizedTensor, RowFormat, T
 OUTSIDE = "embeddings"
 JOBS = 4  # under way at once, where there are as many cores
 ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 26}  # of a weight that are rounded at a time
-ACROSS = ("nvfp4",)  # numbers whose scales are relative to one of the whole tensor
+ACROSS = ("nvfp4",)  # numbers whose scales are relative to one of the whole tensor, that of its largest weight
 
 Report = dict[str, Any]
 Rows = Callable[[Linear, int], Iterable[torch.Tensor]]
@@ -154,12 +155,13 @@ def _apart(layers: Sequence[Linear]) -> list[tuple[Linear, ...]]:
     """Layers that could be rounded together, each alone where that makes no difference."""
     scheme = layers[0].scheme
     assert scheme is not None
-    return [(layer,) for layer in layers] if by_rows(scheme.weights) else [tuple(layers)]
+    alone = by_rows(scheme.weights) and scheme.weights.number not in ACROSS
+    return [(layer,) for layer in layers] if alone else [tuple(layers)]
 
 
 def by_rows(scheme: TensorScheme) -> bool:
-    """Whether a row's codes depend on that row, or on those of its tile, alone."""
-    return scheme.strategy != "tensor" and scheme.number not in ACROSS
+    """Whether a row's codes depend on that row alone, or on those of its tile, and on the largest weight of all."""
+    return scheme.strategy != "tensor"
 
 
 def _do(plan: Plan, job: Job, writer: ShardWriter, device: torch.device) -> list[Report]:
@@ -190,7 +192,8 @@ def rounded(plan: Plan, layers: Sequence[Linear], rows: Rows, write: Write, devi
     scheme = layers[0].scheme
     assert scheme is not None
     if by_rows(scheme.weights):
-        return [_rows(plan, layer, rows, write, device) for layer in layers]
+        whole = _largest(layers, rows, device) if scheme.weights.number in ACROSS else None
+        return [_rows(plan, layer, rows, write, device, whole) for layer in layers]
     weights = [weight for layer in layers for weight in rows(layer, layer.shape[0])]
     solved = solve.solve(plan, layers, weights, None)
     del weights
@@ -200,18 +203,31 @@ def rounded(plan: Plan, layers: Sequence[Linear], rows: Rows, write: Write, devi
     return [x.report for x in solved]
 
 
-def _rows(plan: Plan, layer: Linear, rows: Rows, write: Write, device: torch.device) -> Report:
-    """Rounds one layer's weight, some rows at a time."""
+def _largest(layers: Sequence[Linear], rows: Rows, device: torch.device) -> torch.Tensor:
+    """The largest magnitude of weights that share a scale, float32 (); NaN where there is one."""
+    parts = (part for layer in layers for part in rows(layer, rows_at_once(layer.shape, device)))
+    return functools.reduce(torch.maximum, (part.abs().amax().float() for part in parts))
+
+
+def _rows(
+    plan: Plan, layer: Linear, rows: Rows, write: Write, device: torch.device, largest: torch.Tensor | None
+) -> Report:
+    """Rounds one layer's weight, some rows at a time.
+
+    largest  of the weights with which it shares a scale, where scales are relative to one of the whole tensor
+    """
     assert layer.scheme is not None
     scheme, options, method = layer.scheme.weights, plan.recipe.method_options, plan.recipe.method.module
     dtype, notes, tally = solve.scale_dtype(plan, layer), Notes(), solve.Tally()
     tile = scheme.block_shape[0] if scheme.strategy == "block" and scheme.block_shape else 1
     codes = _Codes(plan, layer, write)
     scales, zeros = (_Stack(-(-layer.shape[0] // tile)) for _ in range(2))
+    whole = None if largest is None else numerics.get(scheme.number).global_scale(largest)
+    given = {} if whole is None else {"global_scale": whole}
     for part in rows(layer, rows_at_once(layer.shape, device, tile)):
         w = part.float()
         try:
-            q = method.quantize(w, scheme, None, options=options, scale_dtype=dtype, notes=notes)
+            q = method.quantize(w, scheme, None, options=options, scale_dtype=dtype, notes=notes, **given)
         except InputError as e:
             raise InputError(f"{layer.name}: {e}") from None
         codes.add(q.codes_NK)
@@ -219,7 +235,7 @@ def _rows(plan: Plan, layer: Linear, rows: Rows, write: Write, device: torch.dev
         zeros.add(q.qparams.zero_NG)
         tally.add(w, numerics.dequantize(q))
     assert scales.whole is not None
-    codes.end(QParams(scales.whole, zeros.whole))
+    codes.end(QParams(scales.whole, zeros.whole, whole))
     return solve.report(plan, layer, tally.error, tally.mark, notes)
 
 

@@ -171,8 +171,8 @@ def test_what_is_read_is_what_safetensors_reads(tmp_path):
         assert same(got, tensor)
 
 
-@pytest.mark.parametrize("layers", [2, 12])
-def test_some_rows_of_a_few_tensors_are_all_that_is_read_or_written_at_once(layers, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("layers", "scheme"), [(2, "FP8_DYNAMIC"), (12, "FP8_DYNAMIC"), (2, "NVFP4A16")])
+def test_some_rows_of_a_few_tensors_are_all_that_is_read_or_written_at_once(layers, scheme, tmp_path, monkeypatch):
     """Whatever the number of layers; neither a weight, nor its codes, nor a tensor that is copied is held whole."""
     monkeypatch.setitem(streaming.ELEMENTS, "cpu", 10 * 64)
     monkeypatch.setattr(streaming, "JOBS", 2)
@@ -199,7 +199,8 @@ def test_some_rows_of_a_few_tensors_are_all_that_is_read_or_written_at_once(laye
 
     monkeypatch.setattr(Checkpoint, "_opened", counted)
     monkeypatch.setattr(ShardWriter, "append", appended)
-    plan = planning.make(settled(tiny.save(tmp_path / "model", num_hidden_layers=layers, vocab_size=512)))
+    folder = tiny.save(tmp_path / "model", num_hidden_layers=layers, vocab_size=512)
+    plan = planning.make(settled(folder, scheme, export={"engines": []}))
     streamed(plan, tmp_path / "out")
     assert read[0] == written[0] == 10 * 64
     assert 1 <= most[0] <= 2

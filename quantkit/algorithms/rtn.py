@@ -6,7 +6,7 @@ absolute maximum is worth about a seventh of the KL divergence at 4 bits and cos
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -45,9 +45,11 @@ def quantize(
     options: Options,
     scale_dtype: torch.dtype,
     notes: Notes,
+    global_scale: torch.Tensor | None = None,
 ) -> QuantizedTensor:
     """Rounds a weight (N, K) float to nearest.
 
+    global_scale  (1,) float32 of NVFP4, where w_NK is some rows of a weight; else it is found from w_NK
     Raises InputError when scales are to be weighted by the inputs and their statistics are missing or not finite.
     """
     w, search, importance = w_NK.float(), options.scale_search, None
@@ -62,7 +64,9 @@ def quantize(
             raise InputError("scale_search diagh needs calibration data: the mean square of this layer's inputs")
         energy = stats.energy_K if stats.energy_K is not None else stats.gram_KK.diagonal()  # type: ignore[union-attr]
         importance, search = _weights.importance(energy), "mse"
-    qparams = numerics.get(scheme.number).qparams(
-        w, scheme, scale_dtype=scale_dtype, search=search, importance_K=importance
-    )
+    number: Any = numerics.get(scheme.number)
+    if global_scale is not None:
+        qparams = number.local_qparams(w, global_scale, scheme, search=search, importance_K=importance)
+    else:
+        qparams = number.qparams(w, scheme, scale_dtype=scale_dtype, search=search, importance_K=importance)
     return numerics.quantize(w, qparams, scheme)
