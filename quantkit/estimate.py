@@ -27,10 +27,13 @@ from quantkit.plan import Plan, described, outside, short
 from quantkit.progress import duration
 
 CPU_HOST = 64 << 20  # what texts, torch's kernels on a CPU and memory between allocations come to, once it computes
-CUDA_HOST = 900 << 20  # host memory that CUDA and torch's kernels take once a GPU is used
+CUDA_HOST = 900 << 20  # host memory that CUDA, torch's kernels and compiled ones take once a GPU is used
+CUDA_STREAMED = 500 << 20  # the same where nothing is calibrated
 SPARE = 0.9  # of the memory that is free: what a run may take
 ROUNDING = 6  # float32 copies of a weight while its codes are found
+STREAMED = 3  # the same on a GPU, where no statistics are read
 FACTORS = 3  # matrices of a Hessian's size while it is factored
+FACTORED = 4, 2  # copies of a weight and of a Hessian on a GPU, where the second are larger
 
 
 @dataclass(frozen=True)
@@ -51,30 +54,38 @@ def memory(
     passes  in how many parts the inputs of a block are observed; by default as `passes_needed` has it
     ranks   processes that share a block's statistics
     """
-    base = _resident() + (0 if device.type == "cpu" else CUDA_HOST)
-    base += CPU_HOST if plan.needs_data and device.type == "cpu" else 0
+    base, on_cpu = _resident(), device.type == "cpu"
     if not plan.needs_data:
-        work = _streamed(plan, device)
-        gpu = work if device.type == "cuda" else 0
-        return Memory(base + work, gpu, {"this process": base, "tensors under way": work})
-    size = 4 if device.type == "cpu" else plan.skeleton.dtype.itemsize
+        base, work = base + (0 if on_cpu else CUDA_STREAMED), _streamed(plan, device)
+        parts = {"this process": base, "tensors under way": work}
+        return Memory(base + work, 0, parts) if on_cpu else Memory(base, work, parts)
+    base += CPU_HOST if on_cpu else CUDA_HOST
+    size = 4 if on_cpu else plan.skeleton.dtype.itemsize
     held = rehearsal.hidden_bytes(plan, device)
     phases = _phases(plan, size, device, passes or passes_needed(plan, device), ranks)
+    products = 0 if on_cpu else _workspace(device)
     kept = held * 2 // 3 if plan.carries_dense else held
     place = place or hidden_place(plan, device)
     copy = kept if kept >= LARGE and place != "disk" else 0  # on the way to the disk, while the next block is computed
     parts = {"this process": base, "hidden states": held, "their copy for the disk": copy, **phases}
     work = max(phases["embeddings and head"], phases["one block"] + phases["one block's work"])
-    if device.type == "cpu":
+    if on_cpu:
         return Memory(base + (held if place != "disk" else held // _batches(plan)) + copy + work, 0, parts)
     largest = max(nbytes(spec) for spec in plan.skeleton.checkpoint.specs.values())
     host = base + copy + 2 * largest + (held if place == "host" else 0)
-    return Memory(host, work + (held if place == "device" else held // _batches(plan)), parts)
+    gpu = work + products + (held if place == "device" else held // _batches(plan))
+    return Memory(host, gpu, {**parts, "the library of products": products})
 
 
 def hidden_place(plan: Plan, device: torch.device) -> str:
     """Where hidden states wait between blocks, as `hidden.chosen` has it."""
     return chosen(rehearsal.hidden_bytes(plan, device), plan.recipe.calibration.hidden, device)
+
+
+def _workspace(device: torch.device) -> int:
+    """Bytes that cuBLAS keeps once it multiplied: torch gives it more from compute capability 9.0 on."""
+    large = not torch.cuda.is_available() or torch.cuda.get_device_capability(device)[0] >= 9
+    return 32 << 20 if large else 8_519_680
 
 
 def _batches(plan: Plan) -> int:
@@ -130,18 +141,29 @@ def _phases(plan: Plan, size: int, device: torch.device, passes: int, ranks: int
         inner = max(sum(x.shape[0] for x in group) for group in groups)
         observing = grams + max((k * k * 4 for k in widths), default=0) + tokens * (4 * width + 2 * inner) * size
         rounded = sum(x.shape[0] * x.shape[1] for group in groups for x in group if x.scheme)
-        solving = grams + rounded + max(_solving(group) for group in groups)
+        # A group's statistics are given back once it is solved: on a GPU that is where its codes go.
+        solving = grams + (rounded if device.type == "cpu" else 0) + _solving(plan, groups, device)
         blocks, works = max(blocks, weights * size), max(works, observing, solving)
     read = [p for p in outside(ghost, plan.structure) if not p.startswith(plan.structure.idle)]
     embeddings = sum(_numel(ghost, p) for p in read) * size
     return {"embeddings and head": embeddings, "one block": blocks, "one block's work": works}
 
 
-def _solving(group: list[Linear]) -> int:
-    """Bytes while the linears of one input are rounded together."""
-    stacks = solve.by_scheme([x for x in group if x.scheme is not None])
-    k = group[0].shape[1]
-    return max((ROUNDING * sum(x.shape[0] for x in s) * k * 4 for s in stacks), default=0) + FACTORS * k * k * 4
+def _solving(plan: Plan, groups: list[list[Linear]], device: torch.device) -> int:
+    """Bytes while linears are rounded: of one input together, and on a GPU several such of one shape at once."""
+    layers = [s for group in groups for s in solve.by_scheme([x for x in group if x.scheme is not None])]
+    stacks = {i: stack for i, stack in enumerate(layers) if stack}
+    largest = 0
+    for places in solve.together(plan, stacks, device):
+        stack = stacks[places[0]]
+        n, k = sum(x.shape[0] for x in stack), stack[0].shape[1]
+        if device.type == "cpu":
+            one = 4 * (ROUNDING * n * k + FACTORS * k * k)
+        else:
+            weights, factors = FACTORED
+            one = 4 * max(ROUNDING * n * k + k * k, weights * n * k + factors * k * k)
+        largest = max(largest, len(places) * (solve.size(stack) if len(places) > 1 else one))
+    return largest
 
 
 def _streamed(plan: Plan, device: torch.device) -> int:
@@ -165,7 +187,8 @@ def _job(plan: Plan, job: streaming.Job, device: torch.device) -> int:
         name, by_rows = f"{layer.module}.weight", streaming.by_rows(layer.scheme.weights)
         part = _part(layer.shape, device) if by_rows else weights
         whole = name in ghost.pieces or ghost.rewrite is not None
-        total += (weights if whole else part) * DTYPES[layer.dtype].itemsize + part * ROUNDING * 4
+        copies = ROUNDING if device.type == "cpu" else STREAMED
+        total += (weights if whole else part) * DTYPES[layer.dtype].itemsize + part * copies * 4
         if by_rows and streaming.packs_rows(plan.format):
             total += sum(packed) - max(packed)  # all but the codes
         else:
@@ -301,6 +324,7 @@ def _said(peaks: Memory) -> str:
 
 def _time(found: rehearsal.Seconds) -> str:
     parts = {"disk": found.disk, "observe": found.observe, "quantize": found.solve, "run on": found.propagate}
+    parts = {"start": found.start, **parts} if found.start else parts
     parts = {"disk": found.disk, "quantize": found.stream} if found.stream else parts
     told = ", ".join(f"{name} {duration(seconds)}" for name, seconds in parts.items())
     return f"about {duration(found.total)} without validation ({told})"

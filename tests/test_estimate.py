@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,7 +11,9 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
+import quantkit
 from quantkit import estimate, pipeline, rehearsal
 from quantkit import plan as planning
 from quantkit.checkpoint import Checkpoint
@@ -18,6 +21,7 @@ from quantkit.progress import Silent
 from quantkit.recipe import Recipe
 
 CPU = torch.device("cpu")
+EMBEDDED = Path(quantkit.__file__).parent / "assets" / "pydocs-llama-7m"
 
 
 def made(folder: Path, scheme: Any = None, **changes: Any) -> planning.Plan:
@@ -112,3 +116,73 @@ def test_a_large_weight_is_reckoned_from_small_ones(tmp_path, monkeypatch):
     # a term that does not show is left out, never negative
     monkeypatch.setattr(rehearsal, "_one_solve", lambda plan, layer, n, k, device: 1e-8 * n * k)
     assert min(rehearsal._fit(plan, plan.quantized[0], CPU)) >= 0
+
+
+def hollow(folder: Path, layers: int, hidden: int, inner: int) -> Path:
+    """A Llama as eval/random_model.py writes it, of which only the headers are there."""
+    heads = hidden // 64
+    config = LlamaConfig(
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads // 4,
+        head_dim=64,
+        vocab_size=4096,
+        tie_word_embeddings=False,
+        dtype="bfloat16",
+        architectures=["LlamaForCausalLM"],
+    )
+    config.save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(EMBEDDED / name, folder / name)
+    with torch.device("meta"):
+        state = LlamaForCausalLM(config).state_dict()
+    header, end = {}, 0
+    for name, t in state.items():
+        header[name] = {"dtype": "BF16", "shape": list(t.shape), "data_offsets": [end, end + 2 * t.numel()]}
+        end += 2 * t.numel()
+    raw = json.dumps(header).encode()
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(len(raw).to_bytes(8, "little") + raw)
+        file.truncate(8 + len(raw) + end)
+    return folder
+
+
+# Peaks of torch's allocator on an H200 (eval/RESULTS.md), MiB: layers, hidden, inner, recipe.
+ABSMAX = {"rtn": {"scale_search": "absmax"}}
+ON_GPU = [
+    ((2, 1024, 4096), {"scheme": "W4A16", "calibration": {"samples": 32, "length": 512}}, 361),
+    ((2, 2048, 6144), {"scheme": "W8A8", "calibration": {"samples": 16, "length": 512}}, 894),
+    ((2, 4096, 14336), {"scheme": "W4A16", "calibration": {"samples": 128, "length": 2048}}, 5825),
+    ((2, 2048, 6144), {"scheme": "W8A16", "method": ABSMAX}, 313),
+    ((2, 1024, 4096), {"scheme": "FP8_DYNAMIC", "method": "rtn"}, 116),
+]
+
+
+@pytest.mark.parametrize(("shape", "recipe", "measured"), ON_GPU, ids=lambda x: x if isinstance(x, int) else "")
+def test_memory_of_a_gpu_is_that_which_was_measured(shape, recipe, measured, tmp_path, monkeypatch):
+    monkeypatch.setattr(estimate.streaming, "workers", lambda: (2, 1))
+    plan = planning.make(Recipe.from_any({"model": str(hollow(tmp_path, *shape)), "validate": "none", **recipe}))
+    peaks = estimate.memory(plan, torch.device("cuda"), place="device", passes=1)
+    assert peaks.gpu / 2**20 == pytest.approx(measured, rel=0.15)
+
+
+def test_what_starting_a_gpu_takes_is_told():
+    whole = rehearsal.Seconds(1.0, 2.0, start=1.5)
+    assert (
+        whole.total == 4.5
+        and "start 2 s" in estimate._time(whole)
+        and "start" not in estimate._time(rehearsal.Seconds(1.0, 2.0))
+    )
+    assert rehearsal.Seconds(1.0, stream=3.0).total == 3.0
+
+
+def test_experts_that_are_solved_at_once_are_counted_together(tmp_path, monkeypatch):
+    plan = made(tiny.save(tmp_path / "model", "qwen3-moe", hidden_size=256, num_experts=16), None)
+    sizes = []
+    for there in (False, True):
+        monkeypatch.setattr(estimate.solve, "available", lambda _, there=there: there)
+        peaks = estimate.memory(plan, torch.device("cuda"), place="device", passes=1)
+        sizes.append(peaks.parts["one block's work"])
+    assert sizes[1] > 4 * sizes[0]

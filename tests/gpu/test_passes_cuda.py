@@ -16,7 +16,7 @@ pytestmark = pytest.mark.gpu
 
 @pytest.mark.parametrize("transforms", [[], ["awq"]], ids=["plain", "awq"])
 def test_the_bytes_are_those_of_one_pass(transforms, tmp_path, monkeypatch):
-    folder = tiny.save(tmp_path / "model", "qwen3-moe", hidden_size=1024, num_experts=64, moe_intermediate_size=256)
+    folder = tiny.save(tmp_path / "model", "qwen3-moe", hidden_size=2048, num_experts=64, moe_intermediate_size=256)
     recipe = {
         "model": str(folder),
         "scheme": {"preset": "W4A16", "group_size": 32},
@@ -35,5 +35,6 @@ def test_the_bytes_are_those_of_one_pass(transforms, tmp_path, monkeypatch):
         peaks.append(torch.cuda.max_memory_allocated())
         found.append((done.out / "model.safetensors").read_bytes())
     assert found[0] == found[1]
-    # Of 64 matrices of 1024 x 1024, 256 MiB, a quarter is held at once; with a transform the block is there twice.
-    assert peaks[0] - peaks[1] > (64 << 20)
+    # Of 64 matrices of 2048 x 2048, 1 GiB, about a quarter is held at once: experts that are solved at once, 18 here,
+    # stay together. With a transform the block is there twice.
+    assert peaks[0] - peaks[1] > (512 << 20)
