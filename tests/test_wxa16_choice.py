@@ -70,12 +70,12 @@ def test_candidates_can_run_and_begin_with_the_heuristic() -> None:
 
 
 def test_programs_fill_the_gpu() -> None:
-    """Few tokens: about three programs a multiprocessor where the sums are long enough to be split so often."""
+    """Few tokens, by the heuristic: about three programs a multiprocessor where sums are long enough to be split so."""
     gpu = Gpu()
     for n, k in ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336), (57344, 8192)):
         for m in (1, 16):
             problem = Problem("int4", "bf16", n, k, 128, m)
-            found = choice.choose(problem, gpu)
+            found = choice.heuristic(problem, gpu)
             programs = -(-n // found.block_n) * found.split
             assert programs >= 2.9 * gpu.sms and k / found.split >= 512
             assert programs / (gpu.sms * -(-programs // gpu.sms)) >= 0.84

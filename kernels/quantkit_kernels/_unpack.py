@@ -56,6 +56,30 @@ def spread_plane(plane: tl.tensor, ROWS: tl.constexpr) -> tl.tensor:
 
 
 @triton.jit
+def line_scales(at: tl.tensor, WIDTH: tl.constexpr) -> tl.tensor:
+    """The word with the scale of each code word of a line: (ROWS, 16), or (ROWS, 1) where it is one word.
+
+    at  (ROWS,) pointers to the first of the line's WIDTH words
+    """
+    word = tl.arange(0, 16)[None, :] & 3
+    if WIDTH == 1:
+        return tl.load(at)[:, None]
+    else:  # two words by one load
+        both_at = at.to(tl.pointer_type(tl.int64), bitcast=True)
+        a, b = _halves(tl.load(both_at)[:, None])
+        if WIDTH == 2:
+            return tl.where(word < 2, a, b)
+        else:
+            c, d = _halves(tl.load(both_at + 1)[:, None])
+            return tl.where(word < 2, tl.where(word == 0, a, b), tl.where(word == 2, c, d))
+
+
+@triton.jit
+def _halves(both: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
+    return both.to(tl.int32), (both >> 32).to(tl.int32)
+
+
+@triton.jit
 def scale_values(
     sw: tl.tensor, field: tl.tensor, CODE: tl.constexpr, SCALE: tl.constexpr, ZERO: tl.constexpr, TWO: tl.constexpr
 ) -> tuple[tl.tensor, tl.tensor]:

@@ -15,6 +15,7 @@ from torch import nn
 
 from quantkit.checkpoint import DTYPES
 from quantkit.errors import InputError
+from quantkit.runtime import laying
 from quantkit.runtime.rounding import in_reach, own_columns, rounded
 from quantkit.runtime.stack import Stack
 from quantkit_kernels import activation, layout
@@ -37,6 +38,7 @@ class PackedExperts(nn.Module):
     """
 
     fused: Any
+    late: tuple[laying.Late, ...] = ()
 
     def __init__(self, fused: Any, stacks: Mapping[str, Stack]) -> None:
         super().__init__()
@@ -213,7 +215,10 @@ class PackedExperts(nn.Module):
                 raise InputError(f"{missing[0]} is missing")
             bias = torch.stack([torch.cat([tensors.pop(name) for name in names]) for names in each])
             biases = {f"{side}_bias": bias.to(self.dtype)}
-        return {**{f"{side}_{name}": t for name, t in stack.pack(tensors).items()}, **biases}
+        late: list[laying.Late] = []
+        found = stack.pack(tensors, late)
+        self.late = (*self.late, *late)
+        return {**{f"{side}_{name}": t for name, t in found.items()}, **biases}
 
     def unpack(self, codes: str, held: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The parameters of one projection -> the tensors on disk."""

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from quantkit.errors import InputError
-from quantkit.runtime.held import Held
+from quantkit.runtime import laying
+from quantkit.runtime.held import Held, bits
 from quantkit.runtime.product import Product
 from quantkit_kernels import int4_cpu, layout, wxa16
 
@@ -22,6 +23,7 @@ class PackedLinear(Product, nn.Linear):
     """
 
     bias: nn.Parameter | None  # type: ignore[assignment]
+    late: tuple[laying.Late, ...] = ()
     joint: Any = None  # of joint.py, where it is multiplied together with others
     place: int = 0
     cpu_group: int = 0  # columns of a scale of `cpu_scale`
@@ -159,17 +161,23 @@ class PackedLinear(Product, nn.Linear):
     # loading and saving, as conversion.py asks ----------------------------------------------------------------------
 
     def pack(self, codes: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The tensors of the layer on disk -> its parameters. Raises InputError for what does not belong together."""
+        """The tensors of the layer on disk -> its parameters. Raises InputError for what does not belong together.
+
+        What is not looked at yet, because that would wait for a GPU, is in `late`, for `laying.check`.
+        """
         for leaf, spec in self.held.disk.parts.items():
             if leaf not in tensors:
                 raise InputError(f"{leaf} is missing")
-            if leaf == "weight_shape" and (stored := tuple(tensors[leaf].tolist())) != self.held.disk.shape:
-                raise InputError(
-                    f"weight_shape says {stored}, the model's config says {self.held.disk.shape}; the checkpoint "
-                    "belongs to another config.json"
-                )
             if tuple(tensors[leaf].shape) != spec.shape:
                 raise InputError(f"{leaf} is {tuple(tensors[leaf].shape)}, not {spec.shape}")
+        laid = laying.lay(self.held, tensors)
+        if laid is not None:
+            self.late = (laid[1],)
+            return {**{leaf: bits(tensors[leaf]) for leaf in self.held.disk.kept}, **laid[0]}
+        if "weight_shape" in tensors:
+            stored, wanted = tuple(tensors["weight_shape"].tolist()), self.held.disk.shape
+            if stored != wanted:
+                raise InputError(laying.wrong_shape("", stored, wanted))
         return self.held.pack(tensors)
 
     def unpack(self, codes: str, held: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -24,7 +24,7 @@ from transformers.utils.import_utils import is_compressed_tensors_available
 
 from quantkit import formats
 from quantkit.errors import InputError, MissingError
-from quantkit.runtime import cache, fused, joint, parallel, planning
+from quantkit.runtime import cache, fused, joint, laying, parallel, planning
 from quantkit.runtime.experts import PackedExperts
 from quantkit.runtime.held import Held
 from quantkit.runtime.linear import PackedLinear
@@ -195,6 +195,7 @@ class PackedQuantizer(HfQuantizer):
         return {}
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> Any:
+        laying.check(model)
         for module in model.modules():
             if isinstance(module, PackedLinear | PackedExperts):
                 module.requires_grad_(False)  # the loader turns it on for floats, whatever the parameter was

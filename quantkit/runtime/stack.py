@@ -14,10 +14,13 @@ import torch
 
 from quantkit.checkpoint import DTYPES
 from quantkit.errors import InputError
+from quantkit.runtime import laying
 from quantkit.runtime.disk import Disk
 from quantkit.runtime.held import Held, Spec, _kernel_codes, _to_e2m3, bits, bits_dtype
 from quantkit.types import QParams, QuantizedTensor, TensorScheme
-from quantkit_kernels import layout
+from quantkit_kernels import layout, nibbles
+
+_LAID = ("codes", "scale", "zero")
 
 
 @dataclass(frozen=True)
@@ -90,17 +93,28 @@ class Stack:
         """A tensor of an expert on disk, after the name of the experts' module."""
         return f"{self.parts[part]}{leaf}" if self.together else f"{e}.{self.parts[part]}.{leaf}"
 
-    def pack(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def pack(self, tensors: dict[str, torch.Tensor], late: list[laying.Late] | None = None) -> dict[str, torch.Tensor]:
         """The tensors of all experts on disk -> what is held; takes them out of `tensors` as it goes.
 
+        late  gets what is not looked at yet, because that would wait for a GPU; None: all is looked at
         Raises InputError for what does not fit.
         """
         specs, device = self.specs(), next(iter(tensors.values())).device
         out = {name: torch.empty(shape, dtype=dtype, device=device) for name, (dtype, shape) in specs.items()}
+        wrong = None
         for e in range(self.experts):
             own = [self._tensors(tensors, e, part) for part in range(len(self.parts))]
+            found = None if late is None else self._words(own)
+            if late is not None and found is not None and wrong is None:
+                names = tuple(f"expert {i}, {part}: " for i in range(self.experts) for part in self.parts)
+                count = laying.checks(self.held, out["codes"].shape[2] // len(own))
+                wrong = torch.full((len(names), count), nibbles.NOWHERE, dtype=torch.int32, device=device)
+                late.append(laying.Late(wrong, found[0][1].shape[1], names))
             try:
-                self._put(out, e, own)
+                if found is not None and wrong is not None:
+                    self._lay(out, e, own, found, wrong)
+                else:
+                    self._put(out, e, own)
             except ValueError as error:
                 raise InputError(f"expert {e}: {error}") from error
             except InputError as error:
@@ -117,6 +131,31 @@ class Stack:
             if tuple(found[leaf].shape) != spec.shape:
                 raise InputError(f"{name} is {tuple(found[leaf].shape)}, not {spec.shape}")
         return found
+
+    def _words(self, own: list[dict[str, torch.Tensor]]) -> list[laying.Words] | None:
+        """What `laying.words_of` finds of each part of an expert; None where kernels cannot place them."""
+        if self.ordered or (len(own) > 1 and self.held.shape[0] % 8):
+            return None
+        found = [words for part in own if (words := laying.words_of(self.held, part)) is not None]
+        return found if len(found) == len(own) else None
+
+    def _lay(
+        self,
+        out: dict[str, torch.Tensor],
+        e: int,
+        own: list[dict[str, torch.Tensor]],
+        found: list[laying.Words],
+        wrong: torch.Tensor,
+    ) -> None:
+        """One expert into its place, by kernels; `wrong` has a row for each part of each expert."""
+        for leaf in self.disk.kept:
+            out[leaf][e] = torch.stack([bits(tensors[leaf]) for tensors in own])
+        step = out["codes"].shape[2] // len(own)
+        for part, words in enumerate(found):
+            place = {name: out[name][e][:, part * step : (part + 1) * step] for name in _LAID if name in out}
+            at = e * len(own) + part
+            laying.put(self.held, words, (place["codes"], place["scale"], place.get("zero")), wrong[at])
+        self._put_wholes(out, e, [tensors.get("weight_global_scale") for tensors in own])
 
     def _put(self, out: dict[str, torch.Tensor], e: int, own: list[dict[str, torch.Tensor]]) -> None:
         """One expert into its place."""
@@ -145,6 +184,10 @@ class Stack:
         out["codes"][e], out["scale"][e] = packed.codes, packed.scale
         if packed.zero is not None:
             out["zero"][e] = packed.zero
+        self._put_wholes(out, e, wholes)
+
+    def _put_wholes(self, out: dict[str, torch.Tensor], e: int, wholes: list[torch.Tensor | None]) -> None:
+        """The global scale of one expert, of NVFP4, and what those of its parts are to the first."""
         if wholes[0] is not None:
             out["global_scale"][e] = bits(wholes[0].float()).reshape(())
             if self.uneven:
