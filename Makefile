@@ -10,11 +10,12 @@ JOBS ?= 2
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup demo test test-slow gpu-test lint format constraints clean
+.PHONY: help setup demo test test-slow gpu-test tune lint format constraints clean
 
 help:
 	@echo "make demo       quantize the embedded model to 4 bits, check it, and print the figures"
 	@echo "make test       the tests            make test-slow  the slow ones       make gpu-test  those that need a GPU"
+	@echo "make tune       configurations of the kernels for this GPU: make tune KINDS=int4_g128,nvfp4"
 	@echo "make lint       ruff and mypy        make format     rewrite the style   make clean     remove what was built"
 	@echo "make constraints  pin the newest versions of everything but torch in constraints.txt"
 
@@ -51,6 +52,11 @@ test-slow: $(SETUP)
 
 gpu-test: $(SETUP)
 	$(BIN)/python -m pytest -m gpu tests/gpu
+
+# Writes kernels/quantkit_kernels/tables/NAME.json, and goes on where it was cut off; python kernels/tune.py --help.
+KINDS ?= int4_g128
+tune: $(SETUP)
+	$(BIN)/python kernels/tune.py --kinds $(KINDS)
 
 lint: $(SETUP)
 	$(BIN)/ruff format --check .

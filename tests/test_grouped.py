@@ -6,13 +6,11 @@ tests/gpu/test_grouped_cuda.py has the rest.
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import random
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +20,7 @@ from packed_weights import CASES, exact, packed, weight
 from poison import poisoned
 from test_wxa16_machine import code_of, opcodes
 from test_wxa16_machine import constants as dense_constants
-from triton_tools import CAPABILITIES, SHARED, compile_kernel, interpreted, resources
+from triton_tools import CAPABILITIES, SHARED, compile_kernel, interpreted, mutant, resources
 
 from quantkit_kernels import grouped, layout
 from quantkit_kernels._grouped_choice import active_experts, choose, choose_8, tile_bound
@@ -433,20 +431,6 @@ BUGS: list[tuple[str, str, str]] = [
 ]
 
 
-@contextmanager
-def mutant(module: Any, old: str, new: str, folder: Path) -> Iterator[Any]:
-    """The module with one piece of its text replaced; its kernels see each other, not those of the original."""
-    text = Path(module.__file__).read_text()
-    assert old in text, old
-    file = folder / "mutant.py"
-    file.write_text(text.replace(old, new))
-    spec = importlib.util.spec_from_file_location("mutant", file)
-    assert spec and spec.loader
-    made = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(made)
-    yield made
-
-
 def error_of(modules: dict[str, Any], way: str) -> float:
     """The error of the kernels in one of the ways in which planted bugs show."""
     if way == "eight":
@@ -466,9 +450,9 @@ def error_of(modules: dict[str, Any], way: str) -> float:
 def test_planted_bugs_are_found(modules: dict[str, Any], tmp_path: Path, bug: int | None) -> None:
     """The comparison fails for each of them, and holds for the kernels as they are."""
     old, new, way = BUGS[bug] if bug is not None else ("", "", "")
-    with mutant(modules["_grouped"], old, new, tmp_path) as broken:
-        found = [error_of(modules | {"_grouped": broken}, one) for one in (way,) if one]
-        found = found or [error_of(modules | {"_grouped": broken}, one) for one in ("split", "grouped", "eight")]
+    broken = mutant(modules["_grouped"], old, new, tmp_path)
+    found = [error_of(modules | {"_grouped": broken}, one) for one in (way,) if one]
+    found = found or [error_of(modules | {"_grouped": broken}, one) for one in ("split", "grouped", "eight")]
     assert (max(found) < 2e-6) if bug is None else (max(found) > 1e-3)
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from poison import poisoned
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
-from triton_tools import CAPABILITIES, SHARED, compile_kernel, interpreted, resources, sass
+from triton_tools import CAPABILITIES, SHARED, compile_kernel, interpreted, mutant, resources, sass
 
 from quantkit_kernels import rope
 
@@ -68,18 +68,12 @@ MUTANTS = {
 
 @pytest.mark.parametrize("name", MUTANTS)
 def test_planted_bugs_are_found(name: str, tmp_path: Path) -> None:
-    import importlib.util
-
     with interpreted("_rope") as modules, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         text = Path(modules["_rope"].__file__).read_text()
         old, new = MUTANTS[name]
         assert text.count(old) == 1
-        (tmp_path / "mutant.py").write_text(text.replace(old, new))
-        spec = importlib.util.spec_from_file_location("mutant", tmp_path / "mutant.py")
-        assert spec and spec.loader
-        broken = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(broken)
+        broken = mutant(modules["_rope"], old, new, tmp_path)
         q, k, cos, sin = inputs((2, 9, 3, 5, 64), torch.float16)
         sin[..., :32] *= 0.5  # halves that differ, which the function allows
         cos[1] += 0.25

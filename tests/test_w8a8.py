@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from poison import poisoned
-from triton_tools import CAPABILITIES, SHARED, compile_kernel, interpreted, resources, sass
+from triton_tools import CAPABILITIES, SHARED, compile_kernel, interpreted, mutant, resources, sass
 
 from quantkit import numerics
 from quantkit.numerics._activations import fake_quantize
@@ -303,24 +301,10 @@ MUTANTS = {
 
 @pytest.mark.parametrize("name", MUTANTS)
 def test_planted_bugs_are_found(name: str, tmp_path: Path) -> None:
-    with interpreted("_w8a8") as modules, mutant(modules["_w8a8"], *MUTANTS[name], tmp_path) as broken:
+    with interpreted("_w8a8") as modules:
+        broken = mutant(modules["_w8a8"], *MUTANTS[name], tmp_path)
         found = outcomes(broken, [c for c in CASES if c[0] == torch.int8])
         assert any(e > 1e-5 for e in found)
-
-
-@contextmanager
-def mutant(module: Any, old: str, new: str, folder: Path) -> Iterator[Any]:
-    """The module with one piece of its text replaced; its kernels see each other, not those of the original."""
-    assert module.__file__
-    text = Path(module.__file__).read_text()
-    assert old in text
-    file = folder / "mutant.py"
-    file.write_text(text.replace(old, new))
-    spec = importlib.util.spec_from_file_location("mutant", file)
-    assert spec and spec.loader
-    made = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(made)
-    yield made
 
 
 # torch's own products ------------------------------------------------------------------------------------------------

@@ -223,7 +223,7 @@ STREAM = {"split": 0, "block_n": 64}
 BUGS: list[tuple[str, str, str, tuple[str, str, int], dict[str, Any]]] = [
     ("_wxa16", "(word * (LINE // 4) // GROUP) % FIELDS", "(word * 0) % FIELDS", ("int4", "fp16", 32), {}),
     ("_wxa16", "LINE // SPAN * WIDTH\n", "LINE // SPAN * WIDTH * 0\n", ("int4", "fp16", 64), {}),
-    ("_wxa16", "return tl.where(word < 2, a, b)", "return tl.where(word < 2, a, a)", ("int4", "fp16", 32), {}),
+    ("_unpack", "return tl.where(word < 2, a, b)", "return tl.where(word < 2, a, a)", ("int4", "fp16", 32), {}),
     ("_wxa16", "scale_row(held, LINE, SPAN, WIDTH).to", "scale_row(line * 0, LINE, SPAN, 1).to", CASES[0], {}),
     ("_wxa16", "end = tl.minimum(begin + each,", "end = tl.minimum(begin + each - 1,", CASES[0], {}),
     ("_wxa16", "[None, :] < k)", "[None, :] < k + 8)", CASES[0], {}),

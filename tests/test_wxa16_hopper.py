@@ -66,10 +66,43 @@ def test_the_machine_decodes_while_it_multiplies(
     loop = text[text.index("HGMMA") : text.rindex("HGMMA")]
     assert "LDS" not in loop and "STS" not in loop and "LDL" not in text  # a weight visits no other memory
     assert "LDG.E.128" in text and "UTMALDG" in text
-    # Between the start of a product and the wait for it lies decoding: of at least every other half of a line.
-    windows = re.findall(r"WARPGROUP\.ARRIVE(.*?)WARPGROUP\.DEPBAR", text, re.S)
-    decoded = 64 * one.block_n // (32 * one.warps) // 2  # pairs of weights of a lane in half a line
-    assert sum(len(re.findall(r"HFMA2|HMUL2", window)) for window in windows) >= decoded
+    pairs = 64 * one.block_n // (32 * one.warps) // 2  # of weights of a lane in half a line
+    waits = re.findall(r"DEPBAR\.LE gsb0, (0x[01])", text)
+    if one.block_m >= 256:
+        # A product of half a line is started before the one before it is waited for: the waits of the loop leave one
+        # under way, and what lies between them, all of the decoding, is done meanwhile.
+        assert waits == ["0x1", "0x1", "0x0"] and len(re.findall(r"HFMA2|HMUL2", loop)) >= pairs
+    else:  # between the start of a product and the wait for it lies decoding: of at least every other half of a line
+        windows = re.findall(r"WARPGROUP\.ARRIVE(.*?)WARPGROUP\.DEPBAR", text, re.S)
+        assert set(waits) == {"0x0"} and sum(len(re.findall(r"HFMA2|HMUL2", w)) for w in windows) >= pairs
+    assert not wrong_registers(text)
+    assert wrong_registers(re.sub(r"gsb0, 0x[01]", "gsb0, 0x3", text))  # it does find what is written too early
+
+
+def wrong_registers(text: str) -> list[str]:
+    """Instructions of the loop that write a register from which, or into which, a product under way works."""
+    code = re.findall(r"/\*([0-9a-f]{4,5})\*/\s+(?:@!?U?P[T0-9]+ )?([A-Z][A-Za-z0-9_.]*)(.*?);", text)
+    place = {at: i for i, (at, _, _) in enumerate(code)}
+    loops = []
+    for end, (_, name, rest) in enumerate(code):
+        begin = place[f"{int(found[1], 16):04x}"] if name == "BRA" and (found := re.search(r"0x(\w+)", rest)) else end
+        if begin < end and any(name.startswith("HGMMA") for _, name, _ in code[begin:end]):
+            loops.append(code[begin : end + 1])
+    wrong: list[str] = []
+    under_way: list[set[int]] = [set()]  # registers of each group of products, the last one not complete yet
+    for _, name, rest in min(loops, key=len) * 2:
+        if name.startswith("HGMMA"):
+            sums, weight = (int(r) for r in re.findall(r"\bR(\d+)\b", rest)[:2])
+            under_way[-1] |= {*range(sums, sums + int(name.split("x")[1]) // 2), *range(weight, weight + 4)}
+            if "gsb0" in rest:
+                under_way.append(set())
+        elif "DEPBAR" in name and "gsb0" in rest:
+            under_way = under_way[max(0, len(under_way) - 1 - int(re.findall(r"0x(\d)", rest)[0])) :]
+        elif (written := re.match(r"\s*R(\d+)", rest)) and not name.startswith(("ST", "BAR")):
+            size = 4 if ".128" in name else 2 if ".64" in name or ".WIDE" in name else 1
+            if set().union(*under_way) & set(range(int(written[1]), int(written[1]) + size)):
+                wrong.append(name + rest)
+    return wrong
 
 
 def test_what_it_takes() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 import re
 import subprocess
@@ -67,6 +68,19 @@ def interpreted(*modules: str) -> Iterator[dict[str, Any]]:
     finally:
         _INTERPRETED.update(_take())
         sys.modules.update(outside)
+
+
+def mutant(module: Any, old: str, new: str, folder: Path) -> Any:
+    """The module with one piece of its text replaced; its kernels see each other, not those of the original."""
+    text = Path(module.__file__).read_text()
+    assert old in text, old
+    file = folder / "mutant.py"
+    file.write_text(text.replace(old, new))
+    spec = importlib.util.spec_from_file_location("mutant", file)
+    assert spec and spec.loader
+    made = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(made)
+    return made
 
 
 def compile_kernel(

@@ -18,6 +18,7 @@ from quantkit_kernels._rounding import nearest, stored
 
 _TILE = 2048  # elements of a program that could have more rows than one
 _ELEMENTS = 32  # of a thread: what a program does once is half of the instructions with 16
+MANY = 1024  # tokens from which RMSNorm of 2049 to 4096 columns reads them in parts
 _NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
 
@@ -338,6 +339,17 @@ def _start_norm(
     """For `rms_norm`."""
     m, k, stride, residual_stride, eps, block, residual, form = what
     width = max(block, triton.next_power_of_2(k))
+    part = 2048 if k > 8192 else 1024
+    padded = k > 4096 and -(-k // part) * part < width
+    # 4096 columns need no padding, but many tokens are faster in parts; with a residual memory is the limit either way.
+    narrow = 2048 < k <= 4096 and m >= MANY and form != "none" and not residual
+    if not block and (padded or narrow):
+        from quantkit_kernels._norm import norm_parts
+
+        constants = {"RESIDUAL": residual, "FORM": form, "DTYPE": _NAMES[dtype], "HARDWARE": hardware, "PART": part}
+        constants |= {"PARTS": -(-k // part), "EVEN": k % part == 0, "num_warps": part // 256}
+        constants |= {"enable_fp_fusion": False}
+        return Start(norm_parts, (m,), (m, k, stride, residual_stride, eps), constants)
     tile, warps = _tile(m, width)
     constants = {"RESIDUAL": residual, "FORM": form, "DTYPE": _NAMES[dtype], "HARDWARE": hardware, "ROWS": tile}
     constants |= {"WIDTH": width, "GROUP": block or width, "num_warps": warps, "enable_fp_fusion": False}

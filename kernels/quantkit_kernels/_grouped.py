@@ -21,10 +21,10 @@ from quantkit_kernels._grouped_choice import tile_bound
 from quantkit_kernels._w8a8 import product as product_8
 from quantkit_kernels._w8a8 import written
 from quantkit_kernels._w8a8_choice import Config, device_of
-from quantkit_kernels._wxa16 import _place, finish, product, tile_rows
+from quantkit_kernels._wxa16 import _place, finish, product, tile_rows, token_columns
 from quantkit_kernels.choice import Choice, gpu_of, mma_sync
 from quantkit_kernels.layout import Packed
-from quantkit_kernels.wxa16 import constants
+from quantkit_kernels.wxa16 import FARTHEST, constants
 
 GROUP_M = 8  # tiles of an expert below each other that go over the rows of its weight together
 STAYS = 1 << 23  # bytes of x that stay in the L2 cache, and may be read again for each tile across
@@ -179,9 +179,11 @@ def wxa16(
     each = tl.cdiv(tl.cdiv(n_lines, UNROLL), SPLIT)
     begin = tl.program_id(2) * each
     end = tl.minimum(begin + each, tl.cdiv(n_lines, UNROLL))
-    x_at = x_ptr + token.to(tl.int64)[:, None] * x_stride + (begin * UNROLL * LINE + tl.arange(0, LINE))[None, :]
+    # Wrong offsets are to make wrong sums, and no access outside.
+    x_base, x_offset = token_columns(x_ptr, tl.minimum(top, m - 1), last, x_stride, BM, LINE)
+    x_base += begin * UNROLL * LINE
     acc = product(
-        x_at, exists, w_ptr, s_ptr, z_ptr, words_row, sums_row, begin, end, n_padded, k, n_lines,
+        x_base, x_offset, exists, w_ptr, s_ptr, z_ptr, words_row, sums_row, begin, end, n_padded, k, n_lines,
         CODE, DT, SCALE, LINE, GROUP, SPAN, WIDTH, FIELDS, ZERO, HOW, WHERE, ASM, UNROLL, WARPS, EVEN, MMA_SYNC,
     )  # fmt: skip
     complete = True
@@ -278,7 +280,7 @@ def linear(
     """
     experts, lines, high = packed.codes.shape[:3]
     m, n, k = x.shape[0], packed.n, packed.k
-    x = x if k <= 1 or x.stride(1) == 1 else x.contiguous()
+    x = x if k <= 1 or (x.stride(1) == 1 and x.stride(0) < FARTHEST) else x.contiguous()
     if out is None:
         out = torch.empty(m, n, dtype=out_dtype or x.dtype, device=x.device)
     if m * n == 0:

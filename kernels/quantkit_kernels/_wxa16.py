@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from quantkit_kernels._unpack import fragments, row_order, scale_values, spread_plane, with_power
+from quantkit_kernels._unpack import fragments, line_scales, row_order, scale_values, spread_plane, with_power
 
 
 @triton.jit
@@ -54,30 +54,6 @@ def line_pointers(
 
 
 @triton.jit
-def line_scales(at: tl.tensor, WIDTH: tl.constexpr) -> tl.tensor:
-    """The word with the scale of each code word of a line: (ROWS, 16), or (ROWS, 1) where it is one word.
-
-    at  (ROWS,) pointers to the first of the line's WIDTH words
-    """
-    word = tl.arange(0, 16)[None, :] & 3
-    if WIDTH == 1:
-        return tl.load(at)[:, None]
-    else:  # two words by one load
-        both_at = at.to(tl.pointer_type(tl.int64), bitcast=True)
-        a, b = _halves(tl.load(both_at)[:, None])
-        if WIDTH == 2:
-            return tl.where(word < 2, a, b)
-        else:
-            c, d = _halves(tl.load(both_at + 1)[:, None])
-            return tl.where(word < 2, tl.where(word == 0, a, b), tl.where(word == 2, c, d))
-
-
-@triton.jit
-def _halves(both: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
-    return both.to(tl.int32), (both >> 32).to(tl.int32)
-
-
-@triton.jit
 def scale_row(line: tl.tensor, LINE: tl.constexpr, SPAN: tl.constexpr, WIDTH: tl.constexpr) -> tl.tensor:
     """Where the scales of a line begin, in words of each row before it."""
     if SPAN == 0:
@@ -109,8 +85,22 @@ def tile_rows(
 
 
 @triton.jit
+def token_columns(
+    x_ptr: tl.tensor, first: tl.tensor, last: tl.tensor, x_stride: tl.tensor, BM: tl.constexpr, LINE: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor]:
+    """The first columns of BM tokens from `first` on: a scalar pointer, and offsets (BM, LINE) below 2^32.
+
+    Tokens from `last` on are read as the last one: nothing of them is written, and a load needs no mask.
+    """
+    token = tl.maximum(tl.minimum(tl.arange(0, BM), last - 1 - first), 0)
+    offset = (token[:, None] * x_stride + tl.arange(0, LINE)[None, :]).to(tl.uint32)
+    return x_ptr + first.to(tl.int64) * x_stride, offset
+
+
+@triton.jit
 def product(
-    x_at: tl.tensor,
+    x_base: tl.tensor,
+    x_offset: tl.tensor,
     exists: tl.tensor,
     w_ptr: tl.tensor,
     s_ptr: tl.tensor,
@@ -141,7 +131,7 @@ def product(
 ) -> tl.tensor:
     """W xᵀ (rows, tokens) float32 of one tile, over the steps begin to end of UNROLL lines each.
 
-    x_at    (tokens, LINE) pointers to the columns of the first step;  exists  (tokens, 1) which tokens there are
+    x_base, x_offset   as `token_columns`, from the first step on;  exists  (tokens, 1) which tokens there are
     w_ptr, s_ptr, z_ptr   one weight as layout.py lays it out
     words_row, sums_row   (rows,) of `tile_rows`
     LINE    columns of a line;  GROUP  columns of a scale, 0 for all;  SPAN, WIDTH, FIELDS  the Geometry of the scales
@@ -154,28 +144,36 @@ def product(
     WHOLE: tl.constexpr = EVEN and SPAN > 0 and UNROLL * LINE % (SPAN + (SPAN == 0)) == 0  # a step has words of its own
     BN: tl.constexpr = words_row.shape[0]
     column = tl.arange(0, LINE)
-    at, plane_at, stride = line_pointers(w_ptr, words_row, begin * UNROLL, n_padded, CODE)
-    s_row = scale_row(begin * UNROLL, LINE, SPAN, WIDTH).to(tl.int64) * n_padded + words_row * WIDTH
-    s_at, z_at = s_ptr + s_row, z_ptr + s_row
+    _, plane_at, stride = line_pointers(w_ptr, words_row, begin * UNROLL, n_padded, CODE)
+    # Addresses that go on are scalars, and each lane's offsets stay as they are: most additions are done once a warp.
+    w_base = w_ptr + begin * UNROLL * stride
+    w_offset = (words_row[:, None] * 16 + tl.arange(0, 16)[None, :]).to(tl.uint32)
+    s_offset = (words_row * WIDTH).to(tl.uint32)
+    s_first = scale_row(begin * UNROLL, LINE, SPAN, WIDTH).to(tl.int64) * n_padded
+    s_base, z_base = s_ptr + s_first, z_ptr + s_first
     sw = tl.zeros((BN, 1 if WIDTH == 1 else 16), tl.int32)
     zw = sw
     if GROUP == 0 and ZERO > 0:
-        sw = line_scales(s_at, 1)
-        zw = line_scales(z_at, 1) if ZERO == 2 else sw
-    acc = tl.zeros((BN, x_at.shape[0]), tl.float32)
+        sw = line_scales(s_base + s_offset, 1)
+        zw = line_scales(z_base + s_offset, 1) if ZERO == 2 else sw
+    BM: tl.constexpr = x_offset.shape[0]
+    acc = tl.zeros((BN, BM), tl.float32)
     for step in range(begin, end):
         for u in tl.static_range(UNROLL):
             line = step * UNROLL + u
-            p, plane = line_words(at + u * stride, plane_at + u * stride, line < n_lines, CODE, EVEN)
-            mask = exists if EVEN else exists & ((line * LINE + column)[None, :] < k)
-            x = tl.load(x_at + u * LINE, mask, 0.0)
+            p, plane = line_words(w_base + u * stride + w_offset, plane_at + u * stride, line < n_lines, CODE, EVEN)
+            if EVEN and BM >= 16:
+                x = tl.load(x_base + u * LINE + x_offset)
+            else:
+                mask = exists if EVEN else exists & ((line * LINE + column)[None, :] < k)
+                x = tl.load(x_base + u * LINE + x_offset, mask, 0.0)
             held = line if EVEN else tl.minimum(line, n_lines - 1)
             if GROUP > 0 and (HOW != "raw" or ZERO > 0):
                 if WHOLE:
                     if u * LINE % SPAN == 0:
                         first = (u * LINE // SPAN) * WIDTH * n_padded
-                        sw = line_scales(s_at + first, WIDTH)
-                        zw = line_scales(z_at + first, WIDTH) if ZERO == 2 else sw
+                        sw = line_scales(s_base + first + s_offset, WIDTH)
+                        zw = line_scales(z_base + first + s_offset, WIDTH) if ZERO == 2 else sw
                 else:
                     first = scale_row(held, LINE, SPAN, WIDTH).to(tl.int64) * n_padded + words_row * WIDTH
                     sw = line_scales(s_ptr + first, WIDTH)
@@ -190,12 +188,12 @@ def product(
                 acc += tl.dot(w, x.T) * scales
             else:
                 acc = tl.dot(w, x.T, acc)
-        x_at += UNROLL * LINE
-        at += UNROLL * stride
+        x_base += UNROLL * LINE
+        w_base += UNROLL * stride
         plane_at += UNROLL * stride
         if WHOLE:
-            s_at += (UNROLL * LINE // SPAN) * WIDTH * n_padded
-            z_at += (UNROLL * LINE // SPAN) * WIDTH * n_padded
+            s_base += (UNROLL * LINE // SPAN) * WIDTH * n_padded
+            z_base += (UNROLL * LINE // SPAN) * WIDTH * n_padded
     return acc
 
 
@@ -284,9 +282,10 @@ def gemm(
     each = tl.cdiv(tl.cdiv(n_lines, UNROLL), SPLIT)
     begin = tl.program_id(1) * each
     end = tl.minimum(begin + each, tl.cdiv(n_lines, UNROLL))
-    x_at = x_ptr + token.to(tl.int64)[:, None] * x_stride + (begin * UNROLL * LINE + tl.arange(0, LINE))[None, :]
+    x_base, x_offset = token_columns(x_ptr, pm * BM, m, x_stride, BM, LINE)
+    x_base += begin * UNROLL * LINE
     acc = product(
-        x_at, exists, w_ptr, s_ptr, z_ptr, words_row, sums_row, begin, end, n_padded, k, n_lines,
+        x_base, x_offset, exists, w_ptr, s_ptr, z_ptr, words_row, sums_row, begin, end, n_padded, k, n_lines,
         CODE, DT, SCALE, LINE, GROUP, SPAN, WIDTH, FIELDS, ZERO, HOW, WHERE, ASM, UNROLL, WARPS, EVEN, MMA_SYNC,
     )  # fmt: skip
     last = True

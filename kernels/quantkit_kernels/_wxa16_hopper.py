@@ -1,9 +1,10 @@
 """Gluon kernel of wxa16.py for 4-bit weights and many tokens on Hopper: decodes while the tensor cores work.
 
 What Triton makes of `_wxa16.gemm` decodes a line, multiplies it, waits, and decodes the next. Here the product of half
-a line (64 columns) is started, and while the tensor cores work on it the other half is decoded; two groups of four
-warps are half a line apart, so that one's product follows the other's. Tokens come by the copy engine (TMA), lines
-ahead; words straight into the registers of the lanes that decode them, two lines ahead.
+a line (64 columns) is started, and while the tensor cores work on it the other half is decoded. Two groups of four
+warps are half a line apart, so that one's product follows the other's; in tiles of 256 tokens each group has a product
+of its own under way at any time, and waits for the one before it only. Tokens come by the copy engine (TMA), lines
+ahead; words straight into the registers of the lanes that decode them.
 
 Tiles that are left over from whole rounds are cut into equal parts, one a program (Stream-K, arXiv 2301.03598). The
 program with a tile's last part adds the others' to its own, in their order, and writes the tile: the same bits every
@@ -187,26 +188,39 @@ def _product(
     row = gl.minimum(w_row + gl.arange(0, BN, layout=gl.SliceLayout(1, W)), n_padded - 1)
     at = w_ptr + row[:, None] * 16 + gl.arange(0, 16, layout=gl.SliceLayout(0, W))[None, :]
     stride = n_padded.to(gl.int64) * 16
-    second = gl.minimum(begin + 1, end - 1)
+    # A product is started before the one before it is waited for where it takes long enough: that needs registers for a
+    # second operand, so that words come one line ahead, not two. With fewer tokens it was slower (kernels/LOG.md).
+    CHAINED: gl.constexpr = BM >= 256
     p = gl.load(at + begin * stride)
     s = scales(s_ptr, row, begin, n_padded, SPAN, WIDTH, HOW, W)
-    p_next = gl.load(at + second * stride)
-    s_next = scales(s_ptr, row, second, n_padded, SPAN, WIDTH, HOW, W)
+    p_next, s_next = p, s
+    if not CHAINED:
+        second = gl.minimum(begin + 1, end - 1)
+        p_next = gl.load(at + second * stride)
+        s_next = scales(s_ptr, row, second, n_padded, SPAN, WIDTH, HOW, W)
     acc = gl.full([BN, BM], 0.0, gl.float32, C)
     p0, p1 = halves(p)
     s0, s1 = halves(s)
     e0, e1 = halves(select(row, begin, GROUP, FIELDS, SCALE, W))
     a0 = decoded(p0, s0, e0, DT, ASM, A)
+    a1 = a0  # the operand of the product before, of which none is under way yet
     mbarrier.wait(ready.index(slot), phase)
     for line in range(begin, end):
-        later = gl.minimum(line + 2, end - 1)
+        later = gl.minimum(line + (1 if CHAINED else 2), end - 1)
         p_later = gl.load(at + later * stride)
         s_later = scales(s_ptr, row, later, n_padded, SPAN, WIDTH, HOW, W)
+        if CHAINED:
+            p_next, s_next = p_later, s_later
         x = tokens.index(slot)
         acc = warpgroup_mma(a0, x.slice(0, 64, dim=1).permute((1, 0)), acc, is_async=True)
+        if CHAINED:  # one product stays under way: the tensor cores have the next before they are done with the last
+            acc, a1 = warpgroup_mma_wait(1, deps=[acc, a1])
         a1 = decoded(p1, s1, e1, DT, ASM, A)
-        acc = warpgroup_mma_wait(0, deps=[acc])
+        if not CHAINED:
+            acc = warpgroup_mma_wait(0, deps=[acc])
         acc = warpgroup_mma(a1, x.slice(64, 64, dim=1).permute((1, 0)), acc, is_async=True)
+        if CHAINED:
+            acc, a0 = warpgroup_mma_wait(1, deps=[acc, a0])
         # All warps have started their last product with this slot, so that they are done with the one before.
         barrier()
         to, ahead = gl.where(slot == 0, STAGES - 1, slot - 1), line + STAGES - 1
@@ -220,6 +234,9 @@ def _product(
         phase = gl.where(slot == STAGES, phase ^ 1, phase)
         slot = gl.where(slot == STAGES, 0, slot)
         mbarrier.wait(ready.index(slot), phase, line + 1 < end)
+        if not CHAINED:
+            acc = warpgroup_mma_wait(0, deps=[acc])
+    if CHAINED:
         acc = warpgroup_mma_wait(0, deps=[acc])
     return acc, slot, phase
 

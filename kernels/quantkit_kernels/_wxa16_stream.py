@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from quantkit_kernels._wxa16 import _place, finish, product, tile_rows
+from quantkit_kernels._wxa16 import _place, finish, product, tile_rows, token_columns
 
 
 @triton.jit
@@ -106,9 +106,10 @@ def gemm_stream(
         row, words_row, sums_row = tile_rows(pn, n_padded, BN, WARPS)
         token = pm * BM + tl.arange(0, BM)
         exists = token[:, None] < m
-        x_at = x_ptr + token.to(tl.int64)[:, None] * x_stride + (begin * UNROLL * LINE + tl.arange(0, LINE))[None, :]
+        x_base, x_offset = token_columns(x_ptr, pm * BM, m, x_stride, BM, LINE)
+        x_base += begin * UNROLL * LINE
         acc = product(
-            x_at, exists, w_ptr, s_ptr, z_ptr, words_row, sums_row, begin, end, n_padded, k, n_lines,
+            x_base, x_offset, exists, w_ptr, s_ptr, z_ptr, words_row, sums_row, begin, end, n_padded, k, n_lines,
             CODE, DT, SCALE, LINE, GROUP, SPAN, WIDTH, FIELDS, ZERO, HOW, WHERE, ASM, UNROLL, WARPS, EVEN, MMA_SYNC,
         )  # fmt: skip
         last = end - begin == steps

@@ -35,6 +35,7 @@ from quantkit_kernels.choice import Choice, Problem, choose, gpu_of
 from quantkit_kernels.layout import Packed
 
 MaybeTensor = torch.Tensor | None
+FARTHEST = 1 << 23  # tokens that are farther apart are copied: within a tile, offsets have 32 bits
 Ready = tuple[Choice, Gemm | Hopper | None, tuple[int, int, int, bool, int]]
 
 
@@ -244,7 +245,7 @@ def run_with(
     if order is not None:
         x = x.index_select(-1, order)
     flat = x.reshape(-1, packed.k)
-    if packed.k > 1 and flat.stride(1) != 1:
+    if packed.k > 1 and (flat.stride(1) != 1 or flat.stride(0) >= FARTHEST):
         flat = flat.contiguous()
     if out is None:
         out = torch.empty(flat.shape[0], packed.n, dtype=out_dtype or x.dtype, device=x.device)
