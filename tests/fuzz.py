@@ -166,6 +166,7 @@ def main() -> None:
     parser.add_argument("--target", choices=[*TARGETS], action="append")
     parser.add_argument("--only", type=int, help="number of one case, of one --target")
     args = parser.parse_args()
+    sys.dont_write_bytecode = True  # a module that is imported for the first time in a case would write its .pyc
     soft = _status("VmSize") + ADDRESSES
     resource.setrlimit(resource.RLIMIT_AS, (soft, soft))
     fast = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
