@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from poison import poisoned
 from triton_tools import CAPABILITIES, SHARED, interpreted, resources, sass
 
 from quantkit_kernels import _attention_launch, attention
@@ -22,16 +23,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:divide by zero encountered in lo
 
 
 @pytest.fixture
-def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
+def kernels() -> Iterator[dict[str, Any]]:
     """Modules with kernels, interpreted; the others import them when they are called. What is not written is NaN."""
-    empty = torch.empty
-
-    def poisoned(*shape: Any, **kw: Any) -> torch.Tensor:
-        made = empty(*shape, **kw)
-        return made.fill_(math.nan) if made.is_floating_point() else made
-
-    monkeypatch.setattr(torch, "empty", poisoned)
-    with interpreted("_attention") as modules:
+    with poisoned(), interpreted("_attention") as modules:
         yield modules
 
 

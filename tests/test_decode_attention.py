@@ -13,6 +13,7 @@ from typing import Any
 import ptx_emulator
 import pytest
 import torch
+from poison import poisoned
 from triton_tools import CAPABILITIES, SHARED, compile_kernel, interpreted, resources, sass
 
 from quantkit_kernels import decode_attention, kv_append, kv_layout
@@ -38,16 +39,9 @@ MORE_CACHES: list[tuple[Any, int, int | None, bool]] = [
 
 
 @pytest.fixture
-def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
+def kernels() -> Iterator[dict[str, Any]]:
     """Modules with kernels, interpreted; the others import them when they are called. What is not written is NaN."""
-    empty = torch.empty
-
-    def poisoned(*shape: Any, **kw: Any) -> torch.Tensor:
-        made = empty(*shape, **kw)
-        return made.fill_(math.nan) if made.is_floating_point() else made
-
-    monkeypatch.setattr(torch, "empty", poisoned)
-    with interpreted("_kv_layout", "_kv_tiles", "_decode_attention") as modules:
+    with poisoned(), interpreted("_kv_layout", "_kv_tiles", "_decode_attention") as modules:
         yield modules
 
 

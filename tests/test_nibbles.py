@@ -125,7 +125,7 @@ MUTANTS = {
 def test_planted_bugs_are_found(name: str, tmp_path: Path) -> None:
     import sys
 
-    with interpreted("nibbles", "_nibbles") as modules, warnings.catch_warnings():
+    with interpreted("nibbles", "_nibbles") as modules, poisoned(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         text = Path(modules["_nibbles"].__file__).read_text()
         case, old, new = MUTANTS[name]

@@ -68,7 +68,7 @@ MUTANTS = {
 
 @pytest.mark.parametrize("name", MUTANTS)
 def test_planted_bugs_are_found(name: str, tmp_path: Path) -> None:
-    with interpreted("_rope") as modules, warnings.catch_warnings():
+    with interpreted("_rope") as modules, poisoned(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         text = Path(modules["_rope"].__file__).read_text()
         old, new = MUTANTS[name]
